@@ -1,0 +1,1 @@
+//! Blocks and the arithmetic over them.

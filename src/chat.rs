@@ -1,0 +1,1 @@
+//! The one vocabulary of every door and every backend.

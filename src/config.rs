@@ -1,0 +1,1 @@
+//! Every module's configuration in one typed tree.

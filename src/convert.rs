@@ -1,0 +1,1 @@
+//! Checkpoints to GGUF, and quantization.

@@ -1,0 +1,1 @@
+//! GGUF v3: a total parser, the mapping of a file, and a writer.

@@ -1,0 +1,1 @@
+//! One registry: every published number is born here.

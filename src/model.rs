@@ -1,0 +1,1 @@
+//! Models: weights, KV cache and the forward pass of each architecture.

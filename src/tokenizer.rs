@@ -1,0 +1,1 @@
+//! Tokens from a GGUF vocabulary: byte-pair encoding and SentencePiece, and incremental decoding.

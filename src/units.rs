@@ -1,0 +1,1 @@
+//! Newtypes that keep bytes, tokens, slots and experts apart.

@@ -1,0 +1,1 @@
+//! JSON shapes of the doors, and nothing else.

@@ -1,0 +1,1 @@
+//! The integration tests: one binary against the library and the real server.
