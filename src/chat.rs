@@ -1,1 +1,23 @@
 //! The one vocabulary of every door and every backend.
+//!
+//! A door turns bytes into [`ChatRequestParts`], the check makes a [`ChatRequest`] of them, a [`Backend`]
+//! answers with a [`ChatStream`] of [`ChatEvent`]s. A refusal is the stream's first and only item, and
+//! dropping the stream cancels the work.
+
+mod backend;
+mod error;
+mod event;
+mod message;
+mod request;
+
+pub use backend::{Backend, ModelCard, Router};
+pub use error::ChatError;
+pub use event::{
+    Alternative, ChatEvent, ChatSender, ChatStream, Completion, FinishReason, Reply, Timings,
+    TokenLogprob, Usage,
+};
+pub use message::{Message, Role, Tool, ToolCall, ToolChoice};
+pub use request::{
+    ChatRequest, ChatRequestParts, Input, Limits, ModelName, Origin, OutputFormat, Priority,
+    RequestId, SamplingParams,
+};
