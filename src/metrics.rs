@@ -1,1 +1,258 @@
 //! One registry: every published number is born here.
+//!
+//! `/metrics`, the MQTT telemetry and the start-up lines read the same values under the same names. Names
+//! follow Prometheus' rules: base units, `_total` on counters. No label ever holds a prompt or a client.
+
+use prometheus::{
+    Gauge, GaugeVec, Histogram, HistogramOpts, IntCounter, IntCounterVec, IntGauge, Opts, Registry,
+    TextEncoder,
+};
+
+/// Every metric of the process. Cloning is not offered: one exists, behind an `Arc`.
+pub struct Metrics {
+    registry: Registry,
+    /// Requests being answered.
+    pub requests_running: IntGauge,
+    /// Requests in line.
+    pub requests_waiting: IntGauge,
+    /// Ended requests by door and reason: stop, length, tool_calls, deadline, cancelled, or an error's code.
+    pub requests: IntCounterVec,
+    /// Tokens of admitted prompts, cached ones included.
+    pub prompt_tokens: IntCounter,
+    /// Tokens generated.
+    pub generated_tokens: IntCounter,
+    /// Prompt tokens looked up in kept prefixes.
+    pub prefix_cache_queries: IntCounter,
+    /// Prompt tokens found there.
+    pub prefix_cache_hits: IntCounter,
+    /// Promised KV bytes ÷ bytes that could be promised.
+    pub kv_cache_usage_ratio: Gauge,
+    /// Arrival to first token.
+    pub time_to_first_token_seconds: Histogram,
+    /// Between tokens of one answer.
+    pub time_per_output_token_seconds: Histogram,
+    /// Arrival to end.
+    pub request_duration_seconds: Histogram,
+    /// Arrival to first prefill step.
+    pub request_queue_seconds: Histogram,
+    /// First prefill step to first token.
+    pub request_prefill_seconds: Histogram,
+    /// First token to last.
+    pub request_decode_seconds: Histogram,
+    /// Moving average of prefill speed; 0 until measured.
+    pub prefill_tokens_per_s: Gauge,
+    /// Moving average of decode speed of one sequence; 0 until measured.
+    pub decode_tokens_per_s: Gauge,
+    /// What the kernel calls available, under every limit above us.
+    pub memory_available_bytes: Gauge,
+    /// What may still be promised.
+    pub headroom_bytes: Gauge,
+    /// Promised bytes by purpose.
+    pub reserved_bytes: GaugeVec,
+    /// Bytes of the model's weights.
+    pub resident_weight_bytes: Gauge,
+    /// Share of the last ten seconds in which some task stalled on memory; NaN where the kernel does not say.
+    pub psi_memory_some_ratio: Gauge,
+    /// The same for all tasks at once.
+    pub psi_memory_full_ratio: Gauge,
+    /// Temperature of the processor; NaN where it has no sensor.
+    pub soc_temperature_celsius: Gauge,
+    /// 1 while the broker is connected.
+    pub mqtt_connected: IntGauge,
+    /// 1, labelled with version and instruction set.
+    pub build_info: GaugeVec,
+    /// 1, labelled with the model.
+    pub model_info: GaugeVec,
+}
+
+/// vLLM's buckets, so that dashboards made for it fit.
+const FIRST_TOKEN_BUCKETS: [f64; 22] = [
+    0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0,
+    20.0, 40.0, 80.0, 160.0, 640.0, 2560.0,
+];
+const PER_TOKEN_BUCKETS: [f64; 19] = [
+    0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0,
+    40.0, 80.0,
+];
+const REQUEST_BUCKETS: [f64; 21] = [
+    0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 50.0, 60.0, 120.0, 240.0,
+    480.0, 960.0, 1920.0, 7680.0,
+];
+
+impl Metrics {
+    /// A fresh registry with every metric at zero.
+    pub fn new() -> Metrics {
+        let registry = Registry::new();
+        let make = Maker { registry: &registry };
+        Metrics {
+            requests_running: make.int_gauge("requests_running", "Requests being answered."),
+            requests_waiting: make.int_gauge("requests_waiting", "Requests in line."),
+            requests: make.counters(
+                "requests_total",
+                "Ended requests by door and by why they ended.",
+                &["door", "reason"],
+            ),
+            prompt_tokens: make.counter("prompt_tokens_total", "Tokens of admitted prompts."),
+            generated_tokens: make.counter("generated_tokens_total", "Tokens generated."),
+            prefix_cache_queries: make
+                .counter("prefix_cache_queries_total", "Prompt tokens looked up in kept prefixes."),
+            prefix_cache_hits: make
+                .counter("prefix_cache_hits_total", "Prompt tokens found in kept prefixes."),
+            kv_cache_usage_ratio: make.gauge(
+                "kv_cache_usage_ratio",
+                "Promised KV bytes as a share of what could be promised.",
+            ),
+            time_to_first_token_seconds: make.histogram(
+                "time_to_first_token_seconds",
+                "From arrival to the first token.",
+                &FIRST_TOKEN_BUCKETS,
+            ),
+            time_per_output_token_seconds: make.histogram(
+                "time_per_output_token_seconds",
+                "Between tokens of one answer.",
+                &PER_TOKEN_BUCKETS,
+            ),
+            request_duration_seconds: make.histogram(
+                "request_duration_seconds",
+                "From arrival to the end.",
+                &REQUEST_BUCKETS,
+            ),
+            request_queue_seconds: make.histogram(
+                "request_queue_seconds",
+                "From arrival to the first prefill step.",
+                &REQUEST_BUCKETS,
+            ),
+            request_prefill_seconds: make.histogram(
+                "request_prefill_seconds",
+                "From the first prefill step to the first token.",
+                &REQUEST_BUCKETS,
+            ),
+            request_decode_seconds: make.histogram(
+                "request_decode_seconds",
+                "From the first token to the last.",
+                &REQUEST_BUCKETS,
+            ),
+            prefill_tokens_per_s: make.gauge(
+                "prefill_tokens_per_second",
+                "Moving average of prefill speed; 0 until measured.",
+            ),
+            decode_tokens_per_s: make.gauge(
+                "decode_tokens_per_second",
+                "Moving average of one sequence's decode speed; 0 until measured.",
+            ),
+            memory_available_bytes: make.gauge(
+                "memory_available_bytes",
+                "Memory the kernel calls available, under every limit above this process.",
+            ),
+            headroom_bytes: make.gauge("headroom_bytes", "Memory that may still be promised."),
+            reserved_bytes: make.gauges(
+                "reserved_bytes",
+                "Promised memory by purpose.",
+                &["purpose"],
+            ),
+            resident_weight_bytes: make
+                .gauge("resident_weight_bytes", "Bytes of the model's weights."),
+            psi_memory_some_ratio: make.gauge(
+                "psi_memory_some_ratio",
+                "Share of the last ten seconds in which some task stalled on memory.",
+            ),
+            psi_memory_full_ratio: make.gauge(
+                "psi_memory_full_ratio",
+                "Share of the last ten seconds in which all tasks stalled on memory.",
+            ),
+            soc_temperature_celsius: make
+                .gauge("soc_temperature_celsius", "Temperature of the processor."),
+            mqtt_connected: make.int_gauge("mqtt_connected", "1 while the broker is connected."),
+            build_info: make.gauges(
+                "build_info",
+                "Always 1; version and instruction set are labels.",
+                &["version", "isa"],
+            ),
+            model_info: make.gauges(
+                "model_info",
+                "Always 1; the loaded model is a label.",
+                &["model", "architecture", "quantization"],
+            ),
+            registry,
+        }
+    }
+
+    /// All metrics in Prometheus' text format 0.0.4.
+    pub fn render(&self) -> String {
+        let mut text = String::with_capacity(16 * 1024);
+        TextEncoder::new()
+            .encode_utf8(&self.registry.gather(), &mut text)
+            .expect("writing into a string cannot fail");
+        text
+    }
+}
+
+impl Default for Metrics {
+    fn default() -> Metrics {
+        Metrics::new()
+    }
+}
+
+/// Makes metrics with our prefix and registers them.
+struct Maker<'a> {
+    registry: &'a Registry,
+}
+
+impl Maker<'_> {
+    fn register<M: prometheus::core::Collector + Clone + 'static>(
+        &self,
+        metric: prometheus::Result<M>,
+    ) -> M {
+        let metric = metric.expect("the names below are valid");
+        self.registry.register(Box::new(metric.clone())).expect("the names below differ");
+        metric
+    }
+
+    fn opts(name: &str, help: &str) -> Opts {
+        Opts::new(format!("scoutd_{name}"), help)
+    }
+
+    fn counter(&self, name: &str, help: &str) -> IntCounter {
+        self.register(IntCounter::with_opts(Self::opts(name, help)))
+    }
+
+    fn counters(&self, name: &str, help: &str, labels: &[&str]) -> IntCounterVec {
+        self.register(IntCounterVec::new(Self::opts(name, help), labels))
+    }
+
+    fn gauge(&self, name: &str, help: &str) -> Gauge {
+        self.register(Gauge::with_opts(Self::opts(name, help)))
+    }
+
+    fn int_gauge(&self, name: &str, help: &str) -> IntGauge {
+        self.register(IntGauge::with_opts(Self::opts(name, help)))
+    }
+
+    fn gauges(&self, name: &str, help: &str, labels: &[&str]) -> GaugeVec {
+        self.register(GaugeVec::new(Self::opts(name, help), labels))
+    }
+
+    fn histogram(&self, name: &str, help: &str, buckets: &[f64]) -> Histogram {
+        let opts = HistogramOpts::new(format!("scoutd_{name}"), help).buckets(buckets.to_vec());
+        self.register(Histogram::with_opts(opts))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_and_values_appear_in_the_text() {
+        let metrics = Metrics::new();
+        metrics.requests.with_label_values(&["rest", "stop"]).inc();
+        metrics.headroom_bytes.set(1e9);
+        let text = metrics.render();
+        assert!(text.contains("scoutd_requests_total{door=\"rest\",reason=\"stop\"} 1"), "{text}");
+        assert!(text.contains("scoutd_headroom_bytes 1000000000"), "{text}");
+        assert!(
+            text.contains("scoutd_time_to_first_token_seconds_bucket{le=\"2560\"} 0"),
+            "{text}"
+        );
+    }
+}
