@@ -1,1 +1,3 @@
 //! The integration tests: one binary against the library and the real server.
+
+mod tidy;
