@@ -1,4 +1,4 @@
-//! A model file in memory, read only.
+//! A model in memory, read only: a mapped file, or bytes that are part of the program.
 
 use std::fs::{self, File, Metadata, OpenOptions, TryLockError};
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
@@ -8,7 +8,7 @@ use memmap2::Mmap;
 
 use super::GgufError;
 
-/// A mapped file. Only regular files are mapped: a device, a pipe or a directory is refused, and so is a
+/// A model's bytes: a mapped file, or the ones built into the program. Only regular files are mapped: a device, a pipe or a directory is refused, and so is a
 /// symbolic link as the last component, because a model folder may be filled by others.
 ///
 /// **The file must not shrink while it is mapped**: reading beyond its end kills the process (SIGBUS). The
@@ -16,10 +16,14 @@ use super::GgufError;
 /// one see that it is in use, and [`Mapping::check_unchanged`] finds a file that was changed in place.
 #[derive(Debug)]
 pub struct Mapping {
-    map: Mmap,
-    file: File,
+    source: Source,
     path: PathBuf,
-    identity: Identity,
+}
+
+#[derive(Debug)]
+enum Source {
+    File { map: Mmap, file: File, identity: Identity },
+    Program(&'static [u8]),
 }
 
 /// What tells that a file is still the one that was opened.
@@ -59,27 +63,25 @@ impl Mapping {
         }
         let map = map(&file).map_err(io)?;
         let identity = Identity { bytes: map.len() as u64, ..Identity::of(&metadata) };
-        Ok(Mapping { map, file, path: path.to_owned(), identity })
+        Ok(Mapping { source: Source::File { map, file, identity }, path: path.to_owned() })
+    }
+
+    /// Bytes that are part of the program, under a name that stands where others have a path.
+    pub fn built_in(name: &str, bytes: &'static [u8]) -> Mapping {
+        Mapping { source: Source::Program(bytes), path: PathBuf::from(name) }
     }
 
     /// The whole file.
     pub fn bytes(&self) -> &[u8] {
-        &self.map
+        match &self.source {
+            Source::File { map, .. } => map,
+            Source::Program(bytes) => bytes,
+        }
     }
 
     /// The path it was opened by.
     pub fn path(&self) -> &Path {
         &self.path
-    }
-
-    /// The open file, for reads that do not go through the mapping.
-    pub fn file(&self) -> &File {
-        &self.file
-    }
-
-    /// The mapping itself, for locking and advice.
-    pub fn map(&self) -> &Mmap {
-        &self.map
     }
 
     /// Fails if the file was written to or cut since it was opened. A file renamed over its path changes
@@ -88,9 +90,12 @@ impl Mapping {
     /// # Errors
     /// [`GgufError::Replaced`].
     pub fn check_unchanged(&self) -> Result<(), GgufError> {
+        let Source::File { file, identity, .. } = &self.source else {
+            return Ok(());
+        };
         let path = self.path.clone();
-        match self.file.metadata() {
-            Ok(metadata) if Identity::of(&metadata) == self.identity => Ok(()),
+        match file.metadata() {
+            Ok(metadata) if Identity::of(&metadata) == *identity => Ok(()),
             Ok(_) => Err(GgufError::Replaced { path }),
             Err(source) => Err(GgufError::Io { path, source }),
         }
