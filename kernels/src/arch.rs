@@ -3,12 +3,35 @@
 use crate::isa::Isa;
 use crate::table::Table;
 
+#[cfg(target_arch = "aarch64")]
+mod aarch64_vector;
+pub(crate) mod attention_lanes;
+pub(crate) mod attention_scalar;
+mod lanes;
 pub(crate) mod scalar;
+pub(crate) mod vector;
+mod vector_lanes;
+mod vector_scalar;
+#[cfg(target_arch = "x86_64")]
+mod x86_64_vector;
 
 /// The table of a set. It may be used only where the set is available.
 pub(crate) fn table(isa: Isa) -> &'static Table {
     match isa {
         Isa::Scalar | Isa::Neon | Isa::NeonDotprod | Isa::Avx2 | Isa::Avx512Vnni => &SCALAR,
+    }
+}
+
+/// The vector operations of a set. They may be used only where the set is available.
+pub(crate) fn vector_table(isa: Isa) -> &'static vector::VectorTable {
+    match isa {
+        #[cfg(target_arch = "aarch64")]
+        Isa::Neon | Isa::NeonDotprod => &aarch64_vector::NEON,
+        #[cfg(target_arch = "x86_64")]
+        Isa::Avx2 => &x86_64_vector::AVX2,
+        #[cfg(target_arch = "x86_64")]
+        Isa::Avx512Vnni => &x86_64_vector::AVX512,
+        _ => &vector::SCALAR,
     }
 }
 

@@ -8,6 +8,7 @@
 //! | `quantize` | rounding to every format and reading back, bit exact |
 //! | `matrix`, `activations` | the two sides of a product |
 //! | `table` | [`Kernels`]: a table of functions; [`matmul`] cuts a product into pieces and calls it |
+//! | `vector`, `attention` | norms, rotation, gating, softmax, conversion; attention over pages |
 //! | `team` | the threads |
 //! | `arch` | the kernels: `scalar` is the reference, the others overwrite its entries |
 //!
@@ -22,11 +23,13 @@
 //! rows by `Piece::row`, activations by `Activations::levels_of` and its like, and writes `Piece::out`. With one token
 //! (decode) it should read several rows at a time, with many (prefill) unpack weights once for a tile of tokens.
 //!
-//! **A new kind of kernel** (the vector operations): a field in `table::Table`, its reference in the scalar table,
-//! and a safe method of [`Kernels`] that asserts lengths and calls the entry.
+//! **A new vector operation**: the algorithm in `arch/vector_lanes.rs` over the trait `Lanes`, its reference in
+//! `arch/vector_scalar.rs`, a line in each list of `arch/vector.rs`, and a safe method of [`Vector`] that asserts
+//! lengths.
 
 mod activations;
 mod arch;
+mod attention;
 pub mod blocks;
 mod format;
 mod isa;
@@ -34,10 +37,13 @@ mod matrix;
 pub mod quantize;
 mod table;
 mod team;
+pub mod vector;
 
 pub use activations::Activations;
+pub use attention::{Attention, KvPages};
 pub use format::{ActivationForm, Format, Precision};
 pub use isa::{Isa, UnknownIsa};
 pub use matrix::{Matrix, MatrixError};
 pub use table::{Kernels, matmul, matmul_many};
 pub use team::Team;
+pub use vector::Vector;
