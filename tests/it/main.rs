@@ -1,3 +1,4 @@
 //! The integration tests: one binary against the library and the real server.
 
 mod tidy;
+mod tokenizers;
