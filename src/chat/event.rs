@@ -1,5 +1,6 @@
 //! What comes back: a stream of events, and the whole reply made of them.
 
+use std::task::{Context, Poll};
 use std::time::Duration;
 
 use tokio::sync::mpsc;
@@ -129,6 +130,14 @@ impl ChatStream {
     /// The next item; `None` after the last.
     pub async fn next(&mut self) -> Option<Result<ChatEvent, ChatError>> {
         self.receiver.recv().await
+    }
+
+    /// The next item, for callers that wait for several streams at once.
+    pub fn poll_next(
+        &mut self,
+        context: &mut Context<'_>,
+    ) -> Poll<Option<Result<ChatEvent, ChatError>>> {
+        self.receiver.poll_recv(context)
     }
 
     /// The next item, for callers outside an async runtime.

@@ -1,0 +1,10 @@
+//! The Ollama dialect: `/api/*`.
+
+mod answer;
+mod context;
+mod listing;
+mod request;
+
+pub use answer::{LineWriter, Shape, error_line, error_text, loaded, reply};
+pub use listing::{model_name, ps, show, tags, version};
+pub use request::{ChatBody, GenerateBody, Work};
