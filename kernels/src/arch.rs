@@ -7,6 +7,12 @@ use crate::table::Table;
 mod aarch64_vector;
 pub(crate) mod attention_lanes;
 pub(crate) mod attention_scalar;
+#[cfg(target_arch = "x86_64")]
+mod avx512;
+#[cfg(target_arch = "x86_64")]
+mod avx512_floats;
+#[cfg(target_arch = "x86_64")]
+mod avx512_k;
 mod lanes;
 pub(crate) mod scalar;
 pub(crate) mod vector;
@@ -18,7 +24,9 @@ mod x86_64_vector;
 /// The table of a set. It may be used only where the set is available.
 pub(crate) fn table(isa: Isa) -> &'static Table {
     match isa {
-        Isa::Scalar | Isa::Neon | Isa::NeonDotprod | Isa::Avx2 | Isa::Avx512Vnni => &SCALAR,
+        #[cfg(target_arch = "x86_64")]
+        Isa::Avx512Vnni => &AVX512,
+        _ => &SCALAR,
     }
 }
 
@@ -36,3 +44,5 @@ pub(crate) fn vector_table(isa: Isa) -> &'static vector::VectorTable {
 }
 
 static SCALAR: Table = scalar::TABLE;
+#[cfg(target_arch = "x86_64")]
+static AVX512: Table = avx512::install(SCALAR);
