@@ -447,7 +447,8 @@ pub(super) mod tests {
         for (head_len, factor, ones, ramp) in cases {
             let mut config = ModelConfig::parse(SCOUT.as_bytes()).unwrap();
             config.head_len = head_len;
-            config.rope_scaling = Some(RopeScaling { factor, low: 1.0, high: 4.0, context: 8192.0 });
+            config.rope_scaling =
+                Some(RopeScaling { factor, low: 1.0, high: 4.0, context: 8192.0 });
             let factors = config.rope_factors().unwrap();
             assert!(factors[..ones].iter().all(|&value| value == 1.0));
             for (found, wanted) in factors[ones..].iter().zip(ramp) {

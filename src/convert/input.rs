@@ -59,25 +59,24 @@ impl Input for Checkpoint {
 /// A GGUF file to be requantized. Its header is read through the mapping; its tensors through the
 /// file, because touched pages of a mapping would count as ours.
 pub struct GgufInput<'a> {
-    mapping: &'a Mapping,
+    path: &'a Path,
+    file: File,
     gguf: Gguf<'a>,
 }
 
 impl<'a> GgufInput<'a> {
-    pub fn new(mapping: &'a Mapping) -> Result<GgufInput<'a>, ConvertError> {
+    /// `mapping` is that of the file at `path`.
+    pub fn new(path: &'a Path, mapping: &'a Mapping) -> Result<GgufInput<'a>, ConvertError> {
         let gguf = Gguf::parse(mapping.bytes()).map_err(|error| ConvertError::Config {
-            path: mapping.path().to_path_buf(),
+            path: path.to_path_buf(),
             reason: error.to_string(),
         })?;
-        Ok(GgufInput { mapping, gguf })
+        let file = File::open(path).map_err(ConvertError::io(path))?;
+        Ok(GgufInput { path, file, gguf })
     }
 
     pub fn gguf(&self) -> &Gguf<'a> {
         &self.gguf
-    }
-
-    fn file(&self) -> &File {
-        self.mapping.file()
     }
 }
 
@@ -91,26 +90,26 @@ impl Input for GgufInput<'_> {
 
     fn read(&self, tensor: &str, from: u64, out: &mut [u8]) -> Result<(), ConvertError> {
         let info = self.gguf.tensor(tensor).ok_or_else(|| self.absent(tensor))?;
-        self.file().read_exact_at(out, info.offset + from).map_err(|error| ConvertError::Tensor {
-            file: self.mapping.path().to_path_buf(),
+        self.file.read_exact_at(out, info.offset + from).map_err(|error| ConvertError::Tensor {
+            file: self.path.to_path_buf(),
             tensor: tensor.to_owned(),
             reason: format!("could not be read: {error}"),
         })
     }
 
     fn file_of(&self, _tensor: &str) -> &Path {
-        self.mapping.path()
+        self.path
     }
 
     fn fingerprint(&self) -> Result<String, ConvertError> {
-        fingerprint(self.mapping.path(), self.file())
+        fingerprint(self.path, &self.file)
     }
 }
 
 impl GgufInput<'_> {
     fn absent(&self, tensor: &str) -> ConvertError {
         ConvertError::Tensor {
-            file: self.mapping.path().to_path_buf(),
+            file: self.path.to_path_buf(),
             tensor: tensor.to_owned(),
             reason: "is not in the file".to_owned(),
         }

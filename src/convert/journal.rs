@@ -13,40 +13,40 @@ use super::report::Loss;
 
 /// What is known about a written piece.
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Entry {
-    pub hash: [u8; 32],
-    pub loss: Loss,
+pub(super) struct Entry {
+    pub(super) hash: [u8; 32],
+    pub(super) loss: Loss,
 }
 
 /// The open journal of a running conversion.
-pub struct Journal {
+pub(super) struct Journal {
     file: File,
 }
 
 impl Journal {
     /// Begins a journal for the conversion with this fingerprint.
-    pub fn create(path: &Path, fingerprint: &[u8; 32]) -> io::Result<Journal> {
+    pub(super) fn create(path: &Path, fingerprint: &[u8; 32]) -> io::Result<Journal> {
         let mut file = File::create(path)?;
         file.write_all(format!("{MAGIC} {}\n", hex(fingerprint)).as_bytes())?;
         Ok(Journal { file })
     }
 
     /// Goes on with a journal, after `keep` bytes of it: behind them lies a torn line at most.
-    pub fn append(path: &Path, keep: u64) -> io::Result<Journal> {
+    pub(super) fn append(path: &Path, keep: u64) -> io::Result<Journal> {
         let mut file = OpenOptions::new().write(true).open(path)?;
         file.set_len(keep)?;
         io::Seek::seek(&mut file, io::SeekFrom::End(0))?;
         Ok(Journal { file })
     }
 
-    pub fn record(&mut self, piece: usize, entry: &Entry) -> io::Result<()> {
+    pub(super) fn record(&mut self, piece: usize, entry: &Entry) -> io::Result<()> {
         let line = format!("{piece} {} {}\n", hex(&entry.hash), entry.loss.to_text());
         self.file.write_all(line.as_bytes())
     }
 }
 
 /// The entries of a journal and the length of its whole lines, if it belongs to `fingerprint`.
-pub fn parse(text: &str, fingerprint: &[u8; 32]) -> Option<(BTreeMap<usize, Entry>, u64)> {
+pub(super) fn parse(text: &str, fingerprint: &[u8; 32]) -> Option<(BTreeMap<usize, Entry>, u64)> {
     let first = format!("{MAGIC} {}\n", hex(fingerprint));
     let mut rest = text.strip_prefix(&first)?;
     let mut entries = BTreeMap::new();

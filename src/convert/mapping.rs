@@ -48,10 +48,7 @@ pub struct MappingError {
 ///
 /// What every token needs comes first and lies together; the routed experts follow layer by layer,
 /// so that one expert is three runs of the file.
-pub fn lay_out(
-    config: &ModelConfig,
-    tensors: &[(&str, &[u64])],
-) -> Result<Layout, MappingError> {
+pub fn lay_out(config: &ModelConfig, tensors: &[(&str, &[u64])]) -> Result<Layout, MappingError> {
     let mut builder = Builder::new(config, tensors);
     builder.head()?;
     for layer in 0..config.layers {
@@ -123,14 +120,28 @@ impl<'a> Builder<'a> {
             let source = |name: String| {
                 if rotates { Source::Interleaved { name, heads } } else { Source::Plain { name } }
             };
-            self.add(&format!("{projection}.weight"), &format!("{to}.{name}.weight"), &[rows, hidden], source)?;
+            self.add(
+                &format!("{projection}.weight"),
+                &format!("{to}.{name}.weight"),
+                &[rows, hidden],
+                source,
+            )?;
             if config.attention_bias {
-                self.add(&format!("{projection}.bias"), &format!("{to}.{name}.bias"), &[rows], source)?;
+                self.add(
+                    &format!("{projection}.bias"),
+                    &format!("{to}.{name}.bias"),
+                    &[rows],
+                    source,
+                )?;
             }
         }
         let output = format!("{from}.self_attn.o_proj");
         let q_len = config.heads * config.head_len;
-        self.plain(&format!("{output}.weight"), &format!("{to}.attn_output.weight"), &[hidden, q_len])?;
+        self.plain(
+            &format!("{output}.weight"),
+            &format!("{to}.attn_output.weight"),
+            &[hidden, q_len],
+        )?;
         if config.attention_bias {
             self.plain(&format!("{output}.bias"), &format!("{to}.attn_output.bias"), &[hidden])?;
         }
@@ -154,7 +165,13 @@ impl<'a> Builder<'a> {
     }
 
     /// Gate, up and down of a feed-forward layer or a shared expert of width `ffn_len`.
-    fn dense(&mut self, from: &str, to: &str, suffix: &str, ffn_len: u64) -> Result<(), MappingError> {
+    fn dense(
+        &mut self,
+        from: &str,
+        to: &str,
+        suffix: &str,
+        ffn_len: u64,
+    ) -> Result<(), MappingError> {
         let hidden = self.config.hidden;
         let biased = self.config.mlp_bias && self.config.family == Family::Llama;
         for (name, rows, cols) in
@@ -328,7 +345,7 @@ pub(super) mod tests {
         assert_eq!(layout.targets.len(), 628);
         assert_eq!(layout.skipped.len(), 2);
         let values: u64 = layout.targets.iter().map(|t| t.shape.iter().product::<u64>()).sum();
-        // The page counts the 64 rope factors neither among parameters nor bytes.
+        // The 64 rotation factors are no parameters.
         assert_eq!(values - 64, 107_769_861_120);
         let up = layout.targets.iter().find(|t| t.name == "blk.7.ffn_up_exps.weight").unwrap();
         assert_eq!(up.shape, [5120, 8192, 16]);
@@ -354,7 +371,9 @@ pub(super) mod tests {
                     return match name.strip_suffix("experts.down_proj") {
                         None => vec![(name, shape.clone())],
                         Some(base) => (0..16)
-                            .map(|e| (format!("{base}experts.{e}.down_proj.weight"), vec![5120, 8192]))
+                            .map(|e| {
+                                (format!("{base}experts.{e}.down_proj.weight"), vec![5120, 8192])
+                            })
                             .collect(),
                     };
                 };
@@ -367,7 +386,12 @@ pub(super) mod tests {
             layout.targets.iter().map(|t| (t.name.clone(), t.shape.clone())).collect()
         };
         assert_eq!(names(&found), names(&wanted));
-        assert!(found.targets.iter().any(|t| matches!(&t.source, Source::Stack { names } if names.len() == 16)));
+        assert!(
+            found
+                .targets
+                .iter()
+                .any(|t| matches!(&t.source, Source::Stack { names } if names.len() == 16))
+        );
     }
 
     #[test]
@@ -423,8 +447,12 @@ pub(super) mod tests {
             .filter(|t| matches!(t.source, Source::Interleaved { heads: 2, .. }))
             .map(|t| t.name.as_str())
             .collect();
-        let wanted =
-            ["blk.0.attn_q.weight", "blk.0.attn_q.bias", "blk.0.attn_k.weight", "blk.0.attn_k.bias"];
+        let wanted = [
+            "blk.0.attn_q.weight",
+            "blk.0.attn_q.bias",
+            "blk.0.attn_k.weight",
+            "blk.0.attn_k.bias",
+        ];
         assert_eq!(permuted, wanted);
         assert!(!layout.targets.iter().any(|t| t.name == "output.weight"), "tied");
     }

@@ -16,30 +16,30 @@ use super::report::Loss;
 
 /// A tensor of the file to be written, with its place.
 #[derive(Clone, Debug)]
-pub struct Tensor {
-    pub name: String,
+pub(super) struct Tensor {
+    pub(super) name: String,
     /// Fastest dimension first.
-    pub shape: Vec<u64>,
-    pub format: Format,
+    pub(super) shape: Vec<u64>,
+    pub(super) format: Format,
     /// The format that the recipe wanted, where its blocks do not fit the rows.
-    pub instead_of: Option<Format>,
-    pub source: Source,
+    pub(super) instead_of: Option<Format>,
+    pub(super) source: Source,
     /// From the beginning of the file.
-    pub offset: u64,
-    pub bytes: u64,
+    pub(super) offset: u64,
+    pub(super) bytes: u64,
 }
 
 /// Rows `rows` of tensor number `tensor`.
 #[derive(Clone, Debug, PartialEq)]
-pub struct Piece {
-    pub tensor: usize,
-    pub rows: Range<u64>,
+pub(super) struct Piece {
+    pub(super) tensor: usize,
+    pub(super) rows: Range<u64>,
 }
 
 impl Tensor {
     /// Rows and columns of the matrix that all outer dimensions make together. A permuted bias is a
     /// column, so that its "rows" can change places.
-    pub fn view(&self) -> (u64, u64) {
+    pub(super) fn view(&self) -> (u64, u64) {
         let values = self.values();
         match (&self.source, self.shape.len()) {
             (Source::Interleaved { .. }, 1) => (values, 1),
@@ -47,16 +47,16 @@ impl Tensor {
         }
     }
 
-    pub fn values(&self) -> u64 {
+    pub(super) fn values(&self) -> u64 {
         self.shape.iter().product()
     }
 
-    pub fn row_bytes(&self) -> u64 {
+    pub(super) fn row_bytes(&self) -> u64 {
         self.bytes / self.view().0
     }
 
     /// Where a piece lies in the file.
-    pub fn place(&self, piece: &Piece) -> Range<u64> {
+    pub(super) fn place(&self, piece: &Piece) -> Range<u64> {
         let row_bytes = self.row_bytes();
         self.offset + piece.rows.start * row_bytes..self.offset + piece.rows.end * row_bytes
     }
@@ -74,7 +74,7 @@ impl Tensor {
 
 /// All pieces, in the order in which they are best read: gate, up and down of an expert one after
 /// the other, because gate and up share the pages of one slice.
-pub fn cut(tensors: &[Tensor]) -> Vec<Piece> {
+pub(super) fn cut(tensors: &[Tensor]) -> Vec<Piece> {
     let mut pieces = Vec::new();
     let mut group = 0;
     for (index, tensor) in tensors.iter().enumerate() {
@@ -111,7 +111,7 @@ fn layer_of(name: &str) -> Option<&str> {
 }
 
 /// The most bytes a worker holds for any of the pieces.
-pub fn worker_bytes(tensors: &[Tensor], pieces: &[Piece]) -> u64 {
+pub(super) fn worker_bytes(tensors: &[Tensor], pieces: &[Piece]) -> u64 {
     let raw = pieces.iter().map(|piece| {
         let (_, cols) = tensors[piece.tensor].view();
         (piece.rows.end - piece.rows.start) * cols * 4
@@ -121,7 +121,7 @@ pub fn worker_bytes(tensors: &[Tensor], pieces: &[Piece]) -> u64 {
 
 /// Buffers of one thread, reused from piece to piece.
 #[derive(Default)]
-pub struct Worker {
+pub(super) struct Worker {
     raw: Aligned,
     out: Aligned,
     band: Vec<f32>,
@@ -130,7 +130,7 @@ pub struct Worker {
 
 impl Worker {
     /// Converts one piece; `write` gets the bytes in order, from their place in the file on.
-    pub fn convert(
+    pub(super) fn convert(
         &mut self,
         input: &dyn Input,
         tensor: &Tensor,
@@ -205,7 +205,12 @@ impl Worker {
                 let bytes = self.raw.get(values.len() * 4);
                 quantize_row(Format::F32, values, bytes);
                 let name = tensor.name.clone();
-                Ok(Fetched { name, format: Format::F32, row_bytes: values.len() * 4, order: Order::Rows })
+                Ok(Fetched {
+                    name,
+                    format: Format::F32,
+                    row_bytes: values.len() * 4,
+                    order: Order::Rows,
+                })
             }
             Source::Experts { name, from } => {
                 let format = input.format(name)?;
@@ -242,7 +247,9 @@ struct Fetched {
 enum Order {
     Rows,
     /// Rows of heads whose halves are to be interleaved.
-    HalfSplit { head_rows: u64 },
+    HalfSplit {
+        head_rows: u64,
+    },
     /// Rows are columns.
     Columns,
 }
@@ -442,7 +449,9 @@ mod tests {
             for piece in cut(std::slice::from_ref(&target)) {
                 let mut write = |at: u64, bytes: &[u8]| {
                     assert_eq!(at, target.place(&piece).start);
-                    found.extend(bytes.chunks_exact(4).map(|w| f32::from_le_bytes(w.try_into().unwrap())));
+                    found.extend(
+                        bytes.chunks_exact(4).map(|w| f32::from_le_bytes(w.try_into().unwrap())),
+                    );
                     Ok(())
                 };
                 Worker::default().convert(&input, &target, &piece, &mut write).unwrap();
@@ -464,7 +473,8 @@ mod tests {
         // Two heads of four rows, two columns.
         let source = Source::Interleaved { name: "t".to_owned(), heads: 2 };
         let target = tensor(&[2, 8], Format::F32, source.clone());
-        let rows: Vec<u64> = converted(&target, counted(16)).unwrap().chunks(2).map(|r| r[0] as u64 / 2).collect();
+        let rows: Vec<u64> =
+            converted(&target, counted(16)).unwrap().chunks(2).map(|r| r[0] as u64 / 2).collect();
         assert_eq!(rows, [0, 2, 1, 3, 4, 6, 5, 7]);
         let bias = tensor(&[8], Format::F32, source);
         assert_eq!(converted(&bias, counted(8)).unwrap(), [0.0, 2.0, 1.0, 3.0, 4.0, 6.0, 5.0, 7.0]);

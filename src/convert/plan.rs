@@ -76,7 +76,7 @@ pub fn plan<R>(
         path: source.to_path_buf(),
         reason: error.to_string(),
     })?;
-    let input = GgufInput::new(&mapping)?;
+    let input = GgufInput::new(source, &mapping)?;
     let plan = of_gguf(&input, source, recipe, alignment, name)?;
     then(plan, &input)
 }
@@ -99,10 +99,11 @@ fn of_checkpoint(
         .iter()
         .filter_map(|name| Some((*name, checkpoint.entry(name)?.shape.as_slice())))
         .collect();
-    let layout = mapping::lay_out(&config, &shapes).map_err(|MappingError { tensor, reason }| {
-        let file = checkpoint.file_of(&tensor).unwrap_or(dir).to_path_buf();
-        ConvertError::Tensor { file, tensor, reason }
-    })?;
+    let layout =
+        mapping::lay_out(&config, &shapes).map_err(|MappingError { tensor, reason }| {
+            let file = checkpoint.file_of(&tensor).unwrap_or(dir).to_path_buf();
+            ConvertError::Tensor { file, tensor, reason }
+        })?;
     let wanted =
         Wanted { len: config.vocab_len, bos: config.bos, eos: config.eos, pad: config.pad };
     let vocabulary = vocabulary::load(dir, wanted)?;
@@ -163,9 +164,10 @@ fn of_gguf(
     let mut plan = assemble(header, alignment, wanted.collect(), recipe, layers, input)?;
     architecture.clone_into(&mut plan.architecture);
     plan.name = name;
-    let twice = tensors.iter().zip(&plan.tensors).filter(|(from, to)| {
-        from.format.block_len() > 1 && from.format != to.format
-    });
+    let twice = tensors
+        .iter()
+        .zip(&plan.tensors)
+        .filter(|(from, to)| from.format.block_len() > 1 && from.format != to.format);
     let twice = twice.count();
     if twice > 0 {
         plan.notes.push(format!(
@@ -207,7 +209,8 @@ fn assemble(
     let fallbacks = tensors.iter().filter(|tensor| tensor.instead_of.is_some()).count();
     let mut notes = Vec::new();
     if fallbacks > 0 {
-        notes.push(format!("{fallbacks} tensors have rows that fill no whole blocks of their type"));
+        notes
+            .push(format!("{fallbacks} tensors have rows that fill no whole blocks of their type"));
     }
     Ok(Plan {
         architecture: String::new(),
@@ -224,9 +227,9 @@ fn assemble(
 /// Finds a tensor of a wrong type before anything is written.
 fn check_types(source: &Source, input: &dyn Input) -> Result<(), ConvertError> {
     match source {
-        Source::Plain { name } | Source::Interleaved { name, .. } | Source::Experts { name, .. } => {
-            input.format(name).map(drop)
-        }
+        Source::Plain { name }
+        | Source::Interleaved { name, .. }
+        | Source::Experts { name, .. } => input.format(name).map(drop),
         Source::Stack { names } => names.iter().try_for_each(|name| input.format(name).map(drop)),
         Source::Values(_) => Ok(()),
     }

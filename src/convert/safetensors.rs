@@ -6,8 +6,8 @@
 
 use std::collections::HashMap;
 
-use safetensors::tensor::Metadata;
 pub use safetensors::Dtype;
+use safetensors::tensor::Metadata;
 
 /// Where a tensor lies in its file. Shape outermost first, as in PyTorch.
 #[derive(Clone, Debug, PartialEq)]

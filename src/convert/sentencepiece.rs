@@ -5,24 +5,24 @@
 
 /// The pieces in the order of their ids.
 #[derive(Clone, Debug, PartialEq)]
-pub struct Model {
-    pub pieces: Vec<Piece>,
-    pub unknown: Option<u32>,
-    pub bos: Option<u32>,
-    pub eos: Option<u32>,
+pub(super) struct Model {
+    pub(super) pieces: Vec<Piece>,
+    pub(super) unknown: Option<u32>,
+    pub(super) bos: Option<u32>,
+    pub(super) eos: Option<u32>,
 }
 
 #[derive(Clone, Debug, PartialEq)]
-pub struct Piece {
-    pub text: String,
-    pub score: f32,
+pub(super) struct Piece {
+    pub(super) text: String,
+    pub(super) score: f32,
     /// SentencePiece numbers its types as GGUF does: 1 normal … 6 byte.
-    pub kind: i32,
+    pub(super) kind: i32,
 }
 
 /// Reads a model; refuses one that is not of type BPE, which alone `tokenizer.ggml.model` = `llama`
 /// means.
-pub fn parse(bytes: &[u8]) -> Result<Model, String> {
+pub(super) fn parse(bytes: &[u8]) -> Result<Model, String> {
     if bytes.first() != Some(&0x0a) {
         return Err("no SentencePiece model; of tiktoken's files only the tokenizer.json beside \
                     them is read"

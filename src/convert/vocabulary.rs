@@ -10,38 +10,38 @@ use crate::gguf::GgufHeader;
 
 /// `tokenizer.*` of a GGUF file.
 #[derive(Clone, Debug, Default, PartialEq)]
-pub struct Vocabulary {
+pub(super) struct Vocabulary {
     /// `gpt2` or `llama`.
-    pub model: &'static str,
-    pub pre: &'static str,
-    pub tokens: Vec<String>,
+    pub(super) model: &'static str,
+    pub(super) pre: &'static str,
+    pub(super) tokens: Vec<String>,
     /// 1 normal, 2 unknown, 3 control, 4 user defined, 5 unused, 6 byte.
-    pub kinds: Vec<i32>,
+    pub(super) kinds: Vec<i32>,
     /// Byte pairs, best first.
-    pub merges: Vec<String>,
+    pub(super) merges: Vec<String>,
     /// SentencePiece only.
-    pub scores: Vec<f32>,
-    pub bos: Option<u32>,
-    pub eos: Option<u32>,
-    pub pad: Option<u32>,
-    pub unknown: Option<u32>,
-    pub adds_bos: bool,
-    pub chat_template: Option<String>,
+    pub(super) scores: Vec<f32>,
+    pub(super) bos: Option<u32>,
+    pub(super) eos: Option<u32>,
+    pub(super) pad: Option<u32>,
+    pub(super) unknown: Option<u32>,
+    pub(super) adds_bos: bool,
+    pub(super) chat_template: Option<String>,
 }
 
 /// What the model's config says about the vocabulary.
 #[derive(Clone, Copy, Debug)]
-pub struct Wanted {
+pub(super) struct Wanted {
     /// Rows of the embedding table.
-    pub len: u64,
-    pub bos: Option<u32>,
-    pub eos: Option<u32>,
-    pub pad: Option<u32>,
+    pub(super) len: u64,
+    pub(super) bos: Option<u32>,
+    pub(super) eos: Option<u32>,
+    pub(super) pad: Option<u32>,
 }
 
 /// Reads `tokenizer.json` or a SentencePiece `tokenizer.model`, and beside it
 /// `tokenizer_config.json` and `chat_template.jinja`.
-pub fn load(dir: &Path, wanted: Wanted) -> Result<Vocabulary, ConvertError> {
+pub(super) fn load(dir: &Path, wanted: Wanted) -> Result<Vocabulary, ConvertError> {
     let (path, mut vocabulary) = tokens(dir)?;
     let config_path = dir.join("tokenizer_config.json");
     let config = json_if_there(&config_path)?.unwrap_or(Value::Null);
@@ -108,9 +108,11 @@ fn from_json(json: &Value) -> Result<Vocabulary, String> {
         Some(other) => return Err(format!("model type `{other}` is not supported, only BPE")),
     }
     if model.get("byte_fallback").and_then(Value::as_bool) == Some(true) {
-        return Err("a SentencePiece vocabulary without its scores; tokenizer.model has them, and \
+        return Err(
+            "a SentencePiece vocabulary without its scores; tokenizer.model has them, and \
                     is not there"
-            .to_owned());
+                .to_owned(),
+        );
     }
     let entries = model.get("vocab").and_then(Value::as_object).ok_or("no `model.vocab`")?;
     let added = json.get("added_tokens").and_then(Value::as_array);
@@ -133,7 +135,8 @@ fn from_json(json: &Value) -> Result<Vocabulary, String> {
         put(id, text, NORMAL)?;
     }
     for token in added.into_iter().flatten() {
-        let text = token.get("content").and_then(Value::as_str).ok_or("added token without text")?;
+        let text =
+            token.get("content").and_then(Value::as_str).ok_or("added token without text")?;
         let special = token.get("special").and_then(Value::as_bool) == Some(true);
         let id = token.get("id").unwrap_or(&Value::Null);
         put(id, text, if special { CONTROL } else { USER_DEFINED })?;
@@ -232,7 +235,7 @@ impl Vocabulary {
     }
 
     /// Adds the keys to a header.
-    pub fn write(&self, header: &mut GgufHeader) {
+    pub(super) fn write(&self, header: &mut GgufHeader) {
         header.str("tokenizer.ggml.model", self.model);
         header.str("tokenizer.ggml.pre", self.pre);
         header.strings("tokenizer.ggml.tokens", self.tokens.iter());
@@ -354,7 +357,10 @@ mod tests {
         assert_eq!(found.kinds, [1, 1, 1, 1, 3, 5, 4, 5]);
         assert_eq!(found.merges, ["a b", "Ġ a"]);
         assert_eq!((found.model, found.pre), ("gpt2", "gpt-2"));
-        assert_eq!((found.bos, found.eos, found.pad, found.adds_bos), (Some(4), Some(1), None, true));
+        assert_eq!(
+            (found.bos, found.eos, found.pad, found.adds_bos),
+            (Some(4), Some(1), None, true)
+        );
         assert_eq!(found.chat_template.as_deref(), Some("D"));
         fs::write(dir.path().join("chat_template.jinja"), "J").unwrap();
         assert_eq!(load(dir.path(), WANTED).unwrap().chat_template.as_deref(), Some("J"));
@@ -377,7 +383,8 @@ mod tests {
             );
             check(&pre, Ok(name));
         }
-        let digits = r#"{"type": "Sequence", "pretokenizers": [{"type": "Digits"}, {"type": "ByteLevel"}]}"#;
+        let digits =
+            r#"{"type": "Sequence", "pretokenizers": [{"type": "Digits"}, {"type": "ByteLevel"}]}"#;
         check(digits, Ok("smollm"));
         check(r#"{"type": "Split", "pattern": {"Regex": "x+"}}"#, Err("`x+`"));
         check(r#"{"type": "Metaspace"}"#, Err("Metaspace"));
