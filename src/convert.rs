@@ -18,14 +18,13 @@ pub mod recipe;
 mod report;
 mod run;
 pub mod safetensors;
-mod sentencepiece;
 mod vocabulary;
 
 pub use error::ConvertError;
 pub use plan::{Plan, Planned, plan};
 pub use recipe::{Base, Override, Recipe};
 pub use report::{Report, TensorReport};
-pub use run::{Observer, Options, Silent, convert};
+pub use run::{Observer, Options, Part, Silent, convert};
 
 /// Alignment of tensors in the files we write: whole flash pages and, on kernels with 16 KiB pages,
 /// whole pages of the mapping, so that an expert is read in few direct reads.

@@ -25,7 +25,7 @@ Examples:
   scoutd convert ./checkpoint --type q8_0 --out model-q8_0.gguf
   scoutd convert ./checkpoint --type q4_0 --tensor 'blk.*.attn_v.weight=q8_0' --out model.gguf
   scoutd convert model-q8_0.gguf --type q4_k --out model-q4_k.gguf --json > report.json")]
-pub struct Args {
+pub(super) struct Args {
     /// A folder with config.json, *.safetensors and tokenizer, or a GGUF file
     source: PathBuf,
     /// The type of the large matrices
@@ -62,20 +62,11 @@ pub struct Args {
 }
 
 /// Converts, showing progress on the terminal and the report at the end.
-pub fn run(args: Args) -> anyhow::Result<ExitCode> {
+pub(super) fn run(args: Args) -> anyhow::Result<ExitCode> {
     let recipe = Recipe { base: args.base, overrides: args.tensors };
-    let source = args.source;
-    if args.dry_run {
-        let name = args.name.as_deref();
-        return Ok(convert::plan(&source, &recipe, args.align, name, |plan, _| {
-            if args.json { print_plan_json(&plan) } else { print_plan(&plan) }
-            Ok(ExitCode::SUCCESS)
-        })?);
-    }
-    let target = args.out.unwrap_or_else(|| default_target(&source, args.base));
     let options = Options {
-        source,
-        target,
+        target: args.out.unwrap_or_else(|| default_target(&args.source, args.base)),
+        source: args.source,
         recipe,
         name: args.name,
         alignment: args.align,
@@ -83,6 +74,16 @@ pub fn run(args: Args) -> anyhow::Result<ExitCode> {
         resume: args.resume,
         force: args.force,
     };
+    if args.dry_run {
+        return Ok(convert::plan(&options, |plan, _| {
+            if args.json {
+                print_plan_json(&plan)
+            } else {
+                print_plan(&plan)
+            }
+            Ok(ExitCode::SUCCESS)
+        })?);
+    }
     let shown = Shown::new(args.json);
     let report = convert::convert(&options, &shown);
     shown.finish();

@@ -12,7 +12,7 @@ use crate::units::Bytes;
 
 /// Options of `scoutd inspect`.
 #[derive(clap::Args)]
-pub struct Args {
+pub(super) struct Args {
     /// A GGUF file
     file: PathBuf,
     /// Print everything as JSON
@@ -24,7 +24,7 @@ pub struct Args {
 }
 
 /// Prints keys, tensors and needs.
-pub fn run(args: Args) -> anyhow::Result<ExitCode> {
+pub(super) fn run(args: Args) -> anyhow::Result<ExitCode> {
     let name = args.file.display();
     let mapping = Mapping::open(&args.file).with_context(|| format!("cannot open {name}"))?;
     let gguf = Gguf::parse(mapping.bytes()).with_context(|| format!("cannot read {name}"))?;
@@ -109,7 +109,11 @@ impl Needs {
         let tensors = gguf.tensors();
         let downs = tensors.iter().filter(|tensor| tensor.name.contains(".ffn_down_exps."));
         Needs {
-            parameters: tensors.iter().map(TensorInfo::values).sum(),
+            parameters: tensors
+                .iter()
+                .filter(|tensor| tensor.name != "rope_freqs.weight")
+                .map(TensorInfo::values)
+                .sum(),
             resident_bytes: bytes(&mut tensors.iter().filter(|tensor| !is_expert(tensor))),
             expert_bytes: bytes(&mut tensors.iter().filter(is_expert)),
             experts: downs.filter_map(|tensor| tensor.shape.last()).sum(),

@@ -397,7 +397,8 @@ pub(super) mod tests {
     #[test]
     fn wrong_tensors_are_named() {
         let config = ModelConfig::parse(SCOUT.as_bytes()).unwrap();
-        let check = |change: &dyn Fn(&mut Vec<(String, Vec<u64>)>), tensor: &str, part: &str| {
+        type Tensors = Vec<(String, Vec<u64>)>;
+        let check = |change: &dyn Fn(&mut Tensors), tensor: &str, part: &str| {
             let mut tensors = scout_tensors("language_model.");
             change(&mut tensors);
             let error = lay_out(&config, &borrowed(&tensors)).unwrap_err();

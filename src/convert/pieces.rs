@@ -119,6 +119,9 @@ pub(super) fn worker_bytes(tensors: &[Tensor], pieces: &[Piece]) -> u64 {
     raw.max().unwrap_or(0) + 2 * OUT_BYTES as u64
 }
 
+/// Takes the bytes for a place in the file.
+pub(super) type Write<'a> = dyn FnMut(u64, &[u8]) -> Result<(), ConvertError> + 'a;
+
 /// Buffers of one thread, reused from piece to piece.
 #[derive(Default)]
 pub(super) struct Worker {
@@ -135,7 +138,7 @@ impl Worker {
         input: &dyn Input,
         tensor: &Tensor,
         piece: &Piece,
-        write: &mut dyn FnMut(u64, &[u8]) -> Result<(), ConvertError>,
+        write: &mut Write,
     ) -> Result<Loss, ConvertError> {
         let (_, cols) = tensor.view();
         let cols = cols as usize;

@@ -9,6 +9,7 @@ use super::input::{GgufInput, Input};
 use super::mapping::{self, MappingError, Source};
 use super::pieces::Tensor;
 use super::recipe::{Candidate, Recipe};
+use super::run::Options;
 use super::vocabulary::{self, Wanted};
 use crate::gguf::{GgufHeader, Mapping};
 
@@ -55,15 +56,13 @@ impl Plan {
 /// Opens a source, plans it, and hands both to `then`. A source is a folder with a checkpoint or a
 /// GGUF file.
 pub fn plan<R>(
-    source: &Path,
-    recipe: &Recipe,
-    alignment: u32,
-    name: Option<&str>,
+    options: &Options,
     then: impl FnOnce(Plan, &dyn Input) -> Result<R, ConvertError>,
 ) -> Result<R, ConvertError> {
+    let source = options.source.as_path();
     let info = std::fs::metadata(source).map_err(ConvertError::io(source))?;
     if info.is_dir() {
-        let (plan, checkpoint) = of_checkpoint(source, recipe, alignment, name)?;
+        let (plan, checkpoint) = of_checkpoint(source, options)?;
         return then(plan, &checkpoint);
     }
     if source.extension().is_some_and(|extension| extension == "safetensors") {
@@ -77,16 +76,11 @@ pub fn plan<R>(
         reason: error.to_string(),
     })?;
     let input = GgufInput::new(source, &mapping)?;
-    let plan = of_gguf(&input, source, recipe, alignment, name)?;
+    let plan = of_gguf(&input, source, options)?;
     then(plan, &input)
 }
 
-fn of_checkpoint(
-    dir: &Path,
-    recipe: &Recipe,
-    alignment: u32,
-    name: Option<&str>,
-) -> Result<(Plan, Checkpoint), ConvertError> {
+fn of_checkpoint(dir: &Path, options: &Options) -> Result<(Plan, Checkpoint), ConvertError> {
     let path = dir.join("config.json");
     let json = std::fs::read(&path).map_err(ConvertError::io(&path))?;
     let config = ModelConfig::parse(&json).map_err(|error| match error {
@@ -106,37 +100,31 @@ fn of_checkpoint(
         })?;
     let wanted =
         Wanted { len: config.vocab_len, bos: config.bos, eos: config.eos, pad: config.pad };
-    let vocabulary = vocabulary::load(dir, wanted)?;
+    let language = vocabulary::load(dir, wanted)?;
 
-    let name = name.map_or_else(|| folder_name(dir), str::to_owned);
-    let mut header = GgufHeader::new(alignment);
-    general_keys(&mut header, config.family.name(), &name, recipe);
+    let name = options.name.clone().unwrap_or_else(|| folder_name(dir));
+    let mut header = GgufHeader::new(options.alignment);
+    general_keys(&mut header, config.family.name(), &name, &options.recipe);
     model_keys(&mut header, &config);
-    vocabulary.write(&mut header);
+    language.write(&mut header);
 
     let targets = layout.targets.into_iter();
     let wanted = targets.map(|target| (target.name, target.shape, target.source)).collect();
-    let mut plan = assemble(header, alignment, wanted, recipe, config.layers, &checkpoint)?;
+    let mut plan = assemble(header, wanted, options, config.layers, &checkpoint)?;
     config.family.name().clone_into(&mut plan.architecture);
     plan.name = name;
     if !layout.skipped.is_empty() {
         let count = layout.skipped.len();
         plan.notes.push(format!("{count} vision tensors are left out: the file is text only"));
     }
-    if vocabulary.chat_template.is_none() {
+    if language.chat_template.is_none() {
         plan.notes.push("no chat template: the model will not know how a chat looks".to_owned());
     }
     plan.skipped = layout.skipped;
     Ok((plan, checkpoint))
 }
 
-fn of_gguf(
-    input: &GgufInput,
-    path: &Path,
-    recipe: &Recipe,
-    alignment: u32,
-    name: Option<&str>,
-) -> Result<Plan, ConvertError> {
+fn of_gguf(input: &GgufInput, path: &Path, options: &Options) -> Result<Plan, ConvertError> {
     let metadata = input.gguf().metadata();
     let wrong = |reason| ConvertError::Config { path: path.to_path_buf(), reason };
     let architecture =
@@ -148,9 +136,9 @@ fn of_gguf(
         .u64(&format!("{architecture}.block_count"))
         .map_err(|error| wrong(error.to_string()))?;
     let own = metadata.str_opt("general.name").map_err(|error| wrong(error.to_string()))?;
-    let name = name.or(own).map_or_else(|| folder_name(path), str::to_owned);
-    let mut header = GgufHeader::new(alignment);
-    general_keys(&mut header, architecture, &name, recipe);
+    let name = options.name.as_deref().or(own).map_or_else(|| folder_name(path), str::to_owned);
+    let mut header = GgufHeader::new(options.alignment);
+    general_keys(&mut header, architecture, &name, &options.recipe);
     for (key, value) in metadata.iter() {
         if !OWN_KEYS.contains(&key) {
             header.value(key, value);
@@ -161,7 +149,7 @@ fn of_gguf(
         let source = Source::Plain { name: tensor.name.clone() };
         (tensor.name.clone(), tensor.shape.clone(), source)
     });
-    let mut plan = assemble(header, alignment, wanted.collect(), recipe, layers, input)?;
+    let mut plan = assemble(header, wanted.collect(), options, layers, input)?;
     architecture.clone_into(&mut plan.architecture);
     plan.name = name;
     let twice = tensors
@@ -181,15 +169,14 @@ fn of_gguf(
 /// Gives every tensor its format and place.
 fn assemble(
     mut header: GgufHeader,
-    alignment: u32,
     wanted: Vec<(String, Vec<u64>, Source)>,
-    recipe: &Recipe,
+    options: &Options,
     layers: u64,
     input: &dyn Input,
 ) -> Result<Plan, ConvertError> {
     let candidates: Vec<Candidate> =
         wanted.iter().map(|(name, shape, _)| Candidate { name, shape }).collect();
-    let choices = recipe.choose(&candidates, layers).map_err(ConvertError::Recipe)?;
+    let choices = options.recipe.choose(&candidates, layers).map_err(ConvertError::Recipe)?;
     let mut tensors = Vec::with_capacity(wanted.len());
     for ((name, shape, source), choice) in wanted.into_iter().zip(choices) {
         check_types(&source, input)?;
@@ -204,7 +191,7 @@ fn assemble(
     let mut at = bytes.len() as u64;
     for tensor in &mut tensors {
         tensor.offset = at;
-        at = (at + tensor.bytes).next_multiple_of(u64::from(alignment));
+        at = (at + tensor.bytes).next_multiple_of(u64::from(options.alignment));
     }
     let fallbacks = tensors.iter().filter(|tensor| tensor.instead_of.is_some()).count();
     let mut notes = Vec::new();
@@ -215,7 +202,7 @@ fn assemble(
     Ok(Plan {
         architecture: String::new(),
         name: String::new(),
-        recipe: recipe.to_string(),
+        recipe: options.recipe.to_string(),
         bytes: at,
         skipped: Vec::new(),
         notes,

@@ -76,8 +76,7 @@ pub fn convert(options: &Options, observer: &dyn Observer) -> Result<Report, Con
     if options.target.exists() && !options.force {
         return Err(ConvertError::TargetExists(options.target.clone()));
     }
-    let name = options.name.as_deref();
-    plan(&options.source, &options.recipe, options.alignment, name, |plan, input| {
+    plan(options, |plan, input| {
         observer.planned(&plan);
         let started = Instant::now();
         Run::new(options, observer, plan, input).run(started)
