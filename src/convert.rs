@@ -29,3 +29,6 @@ pub use run::{Observer, Options, Part, Silent, convert};
 /// Alignment of tensors in the files we write: whole flash pages and, on kernels with 16 KiB pages,
 /// whole pages of the mapping, so that an expert is read in few direct reads.
 pub use crate::gguf::ALIGNMENT_OURS;
+
+#[cfg(test)]
+mod tests;
