@@ -20,12 +20,20 @@ mod aarch64_vector;
 pub(crate) mod attention_lanes;
 pub(crate) mod attention_scalar;
 #[cfg(target_arch = "x86_64")]
+mod avx2;
+#[cfg(target_arch = "x86_64")]
+mod avx2_floats;
+#[cfg(target_arch = "x86_64")]
+mod avx2_k;
+#[cfg(target_arch = "x86_64")]
 mod avx512;
 #[cfg(target_arch = "x86_64")]
 mod avx512_floats;
 #[cfg(target_arch = "x86_64")]
 mod avx512_k;
 mod lanes;
+#[cfg(target_arch = "x86_64")]
+mod rows;
 pub(crate) mod scalar;
 pub(crate) mod vector;
 mod vector_lanes;
@@ -40,6 +48,8 @@ pub(crate) fn table(isa: Isa) -> &'static Table {
         Isa::Neon => &NEON,
         #[cfg(target_arch = "aarch64")]
         Isa::NeonDotprod => &NEON_DOTPROD,
+        #[cfg(target_arch = "x86_64")]
+        Isa::Avx2 => &AVX2,
         #[cfg(target_arch = "x86_64")]
         Isa::Avx512Vnni => &AVX512,
         _ => &SCALAR,
@@ -65,4 +75,6 @@ static NEON: Table = aarch64::install_neon(SCALAR);
 #[cfg(target_arch = "aarch64")]
 static NEON_DOTPROD: Table = aarch64::install_dotprod(NEON);
 #[cfg(target_arch = "x86_64")]
-static AVX512: Table = avx512::install(SCALAR);
+static AVX2: Table = avx2::install(SCALAR);
+#[cfg(target_arch = "x86_64")]
+static AVX512: Table = avx512::install(AVX2);
