@@ -1,4 +1,7 @@
 //! The integration tests: one binary against the library and the real server.
 
+mod doubles;
+mod http;
+mod rest;
 mod tidy;
 mod tokenizers;
