@@ -3,6 +3,7 @@
 //! `/metrics`, the MQTT telemetry and the start-up lines read the same values under the same names. Names
 //! follow Prometheus' rules: base units, `_total` on counters. No label ever holds a prompt or a client.
 
+use prometheus::proto::{MetricFamily, MetricType};
 use prometheus::{
     Gauge, GaugeVec, Histogram, HistogramOpts, IntCounter, IntCounterVec, IntGauge, Opts, Registry,
     TextEncoder,
@@ -177,6 +178,27 @@ impl Metrics {
         }
     }
 
+    /// Every metric without labels by its name without prefix, for telemetry: counters and gauges as they are, of
+    /// histograms the mean. What was never measured is NaN.
+    pub fn values(&self) -> Vec<(String, f64)> {
+        let families = self.registry.gather();
+        let value = |family: &MetricFamily| {
+            let metric = family.get_metric().first().filter(|m| m.get_label().is_empty())?;
+            let value = match family.get_field_type() {
+                MetricType::COUNTER => metric.get_counter().get_value(),
+                MetricType::GAUGE => metric.get_gauge().get_value(),
+                MetricType::HISTOGRAM => {
+                    let histogram = metric.get_histogram();
+                    histogram.get_sample_sum() / histogram.get_sample_count() as f64
+                }
+                MetricType::SUMMARY | MetricType::UNTYPED => return None,
+            };
+            let name = family.name();
+            Some((name.strip_prefix("scoutd_").unwrap_or(name).to_owned(), value))
+        };
+        families.iter().filter_map(value).collect()
+    }
+
     /// All metrics in Prometheus' text format 0.0.4.
     pub fn render(&self) -> String {
         let mut text = String::with_capacity(16 * 1024);
@@ -254,5 +276,20 @@ mod tests {
             text.contains("scoutd_time_to_first_token_seconds_bucket{le=\"2560\"} 0"),
             "{text}"
         );
+    }
+    #[test]
+    fn values_leave_labels_out_and_average_histograms() {
+        let metrics = Metrics::new();
+        metrics.requests.with_label_values(&["rest", "stop"]).inc();
+        metrics.generated_tokens.inc_by(7);
+        metrics.time_to_first_token_seconds.observe(0.25);
+        metrics.time_to_first_token_seconds.observe(0.75);
+        let values = metrics.values();
+        let value = |name: &str| values.iter().find(|(n, _)| n == name).map(|(_, value)| *value);
+        assert_eq!(value("generated_tokens_total"), Some(7.0));
+        assert_eq!(value("time_to_first_token_seconds"), Some(0.5));
+        assert!(value("request_duration_seconds").is_some_and(f64::is_nan));
+        assert_eq!(value("requests_total"), None);
+        assert_eq!(value("build_info"), None);
     }
 }

@@ -9,6 +9,7 @@ mod answer;
 mod json;
 mod lenient;
 mod message;
+pub mod mqtt;
 pub mod ollama;
 pub mod openai;
 mod schema;
@@ -16,5 +17,4 @@ mod time;
 
 pub use answer::{Caller, StreamWriter};
 pub use json::{DEPTH_MAX, parse, write};
-pub use message::check_model_name;
 pub use time::{KeepAlive, rfc3339};

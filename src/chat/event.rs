@@ -177,7 +177,7 @@ pub struct Reply {
 
 /// Puts a [`Reply`] together from events.
 #[derive(Debug, Default)]
-pub struct ReplyBuilder {
+struct ReplyBuilder {
     text: String,
     tool_calls: Vec<ToolCall>,
     prompt: Vec<TokenLogprob>,
@@ -185,8 +185,7 @@ pub struct ReplyBuilder {
 }
 
 impl ReplyBuilder {
-    /// Takes the next event; the whole reply once that was `Done`.
-    pub fn add(&mut self, event: ChatEvent) -> Option<Reply> {
+    fn add(&mut self, event: ChatEvent) -> Option<Reply> {
         match event {
             ChatEvent::Accepted { .. } => None,
             ChatEvent::Prompt(tokens) => {

@@ -12,13 +12,10 @@ pub use chat::ChatBody;
 pub(super) use chat::seed;
 pub use completion::{CompletionBody, CompletionWriter, Echo, completion_reply};
 pub use error::ErrorBody;
-pub use models::{health, loading, model, models, props, ready};
+pub use models::{health, loading, model, models, props};
 
 /// Choices of one request.
 pub const CHOICES_MAX: usize = 4;
 
 /// Prompts of one request for completions.
 pub const PROMPTS_MAX: usize = 128;
-
-#[cfg(test)]
-mod tests;

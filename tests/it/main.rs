@@ -1,7 +1,5 @@
 //! The integration tests: one binary against the library and the real server.
 
-mod doubles;
-mod http;
-mod rest;
+mod mqtt;
 mod tidy;
 mod tokenizers;

@@ -194,3 +194,6 @@ fn done_reason(reason: FinishReason) -> &'static str {
         FinishReason::Stop | FinishReason::ToolCalls => "stop",
     }
 }
+
+#[cfg(test)]
+mod tests;
