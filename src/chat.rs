@@ -13,8 +13,8 @@ mod request;
 pub use backend::{Backend, ModelCard, Router};
 pub use error::ChatError;
 pub use event::{
-    Alternative, ChatEvent, ChatSender, ChatStream, Completion, FinishReason, Reply, Timings,
-    TokenLogprob, Usage,
+    Alternative, ChatEvent, ChatSender, ChatStream, Completion, FinishReason, Reply, ReplyBuilder,
+    Timings, TokenLogprob, Usage,
 };
 pub use message::{Message, Role, Tool, ToolCall, ToolChoice};
 pub use request::{

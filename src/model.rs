@@ -1,10 +1,95 @@
 //! A model with its weights and KV cache, as the engine sees it: batches of tokens in, logits out.
 
+mod forward;
+mod kv;
+mod llama;
+mod llama4;
+mod rope;
+mod scratch;
+mod shape;
 mod spec;
+mod weights;
 
 pub use spec::ModelSpec;
 
+use std::sync::Arc;
+
+use scoutd_kernels::{Format, Isa, MatrixError, Precision};
+
+use crate::gguf::{Gguf, GgufError, Mapping};
 use crate::units::{SlotId, TokenId};
+
+#[cfg(test)]
+mod tests;
+
+/// Reads what a file is and costs, without running it.
+///
+/// # Errors
+/// As [`open`].
+pub fn inspect(gguf: &Gguf, kv_type: KvType) -> Result<ModelSpec, ModelError> {
+    Ok(shape::Shape::from_gguf(gguf)?.spec(kv_type))
+}
+
+/// Makes the model of a file ready to run. Its matrices stay in the mapping.
+///
+/// Norms, routers and rotation factors that are not finite are refused here. The scales of quantized
+/// matrices are not scanned (that would read the whole file): they show as [`ModelError::NotFinite`].
+///
+/// # Errors
+/// If the file is no model that can be computed as its makers meant it, or the instruction set is missing.
+pub fn open(mapping: Arc<Mapping>, options: &ModelOptions) -> Result<Box<dyn Model>, ModelError> {
+    Ok(Box::new(forward::Transformer::new(mapping, options)?))
+}
+
+/// How a model is run.
+#[derive(Clone, Debug)]
+pub struct ModelOptions {
+    /// Threads, the calling one included.
+    pub threads: usize,
+    /// The instruction set of the kernels; the best of the processor if `None`.
+    pub isa: Option<Isa>,
+    /// Whether activations are rounded to 8 bits, which is fast, or stay F32.
+    pub precision: Precision,
+    /// The numbers in the KV cache.
+    pub kv_type: KvType,
+    /// Sequences at once.
+    pub slots: usize,
+    /// Tokens of one pass through the weights. It sizes the scratch; a larger batch takes several passes.
+    pub pass_tokens_max: usize,
+}
+
+impl Default for ModelOptions {
+    fn default() -> ModelOptions {
+        ModelOptions {
+            threads: 1,
+            isa: None,
+            precision: Precision::Int8,
+            kv_type: KvType::F16,
+            slots: 1,
+            pass_tokens_max: 256,
+        }
+    }
+}
+
+/// The numbers in the KV cache.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum KvType {
+    /// Four bytes: exact.
+    F32,
+    /// Two bytes.
+    #[default]
+    F16,
+}
+
+impl KvType {
+    /// Bytes of one number.
+    pub fn bytes(self) -> usize {
+        match self {
+            KvType::F32 => 4,
+            KvType::F16 => 2,
+        }
+    }
+}
 
 /// A model with its KV cache. It knows nothing of requests.
 pub trait Model: Send {
@@ -15,8 +100,8 @@ pub trait Model: Send {
     /// values for each token that wants them, in the order of the rows and of the tokens inside a row.
     ///
     /// # Errors
-    /// If the batch contradicts the slots or a weight cannot be read; the named slots are then undefined
-    /// until they are cleared.
+    /// If the batch contradicts the slots, and then nothing has changed; or if a weight is not a number:
+    /// [`ModelError::NotFinite`] names the rows, and the logits of the others are good.
     fn forward(&mut self, batch: &Batch, logits: &mut Vec<f32>) -> Result<(), ModelError>;
 
     /// Empties `slot` and frees its pages.
@@ -29,6 +114,11 @@ pub trait Model: Send {
 
     /// Tokens that `slot` holds.
     fn len(&self, slot: SlotId) -> usize;
+
+    /// Bytes of KV pages in use, shared ones counted once.
+    fn kv_bytes_in_use(&self) -> u64 {
+        0
+    }
 }
 
 /// The tokens of one pass through the model.
@@ -60,14 +150,55 @@ pub enum LogitsWanted {
     All,
 }
 
-/// Why a pass failed.
+/// Why a file is no model, or a pass failed.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum ModelError {
+    /// An architecture that is not computed here.
+    #[error("architecture `{0}` is not supported; llama and llama4 are")]
+    Architecture(String),
     /// The batch names a slot, position or token that does not exist.
     #[error("batch: {0}")]
     Batch(String),
+    /// The file is no GGUF file, or a key has the wrong type.
+    #[error(transparent)]
+    File(#[from] GgufError),
     /// Weights or pages could not be read.
     #[error("memory: {0}")]
     Io(#[from] std::io::Error),
+    /// The processor has no such instruction set.
+    #[error("this processor has no {0}")]
+    Isa(Isa),
+    /// A number that no model can have.
+    #[error("key `{key}` has the impossible value {value}")]
+    Key { key: String, value: String },
+    /// Logits that are no numbers; the others of the batch are good.
+    #[error(
+        "logits are not finite, in the rows {rows:?} of the batch: the model's weights are damaged"
+    )]
+    NotFinite { rows: Vec<usize> },
+    /// A tensor in a format that its use does not allow.
+    #[error("tensor `{tensor}` is {format} and must be F32")]
+    TensorFormat { tensor: String, format: Format },
+    /// A tensor whose bytes do not lie as its format needs.
+    #[error("tensor `{tensor}`: {error}")]
+    TensorLayout { tensor: String, error: MatrixError },
+    /// A tensor that the keys call for.
+    #[error("tensor `{0}` is missing")]
+    TensorMissing(String),
+    /// A tensor of another shape than the keys say.
+    #[error("tensor `{tensor}` has the shape {found:?} and must have {wanted:?}")]
+    TensorShape { tensor: String, found: Vec<u64>, wanted: Vec<usize> },
+    /// A tensor that would have to be used and cannot be.
+    #[error("tensor `{tensor}` is not supported in architecture {architecture}")]
+    TensorUnknown { tensor: String, architecture: &'static str },
+    /// A number among the weights that is not finite, or not above zero.
+    #[error("tensor `{tensor}` holds an impossible number")]
+    TensorValue { tensor: String },
+    /// A key that asks for what is not computed here.
+    #[error("key `{key}` has the value {value}, which is not supported")]
+    Unsupported { key: String, value: String },
+    /// Two places that disagree on the size of the vocabulary.
+    #[error("key `{key}` counts {value} tokens, the tensor `token_embd.weight` {rows}")]
+    Vocabulary { key: String, value: usize, rows: u64 },
 }

@@ -220,6 +220,11 @@ impl Tokenizer {
         }
     }
 
+    /// Whether `text` begins with a control token's text, or is the beginning of one.
+    pub fn may_begin_control(&self, text: &str) -> bool {
+        self.specials.may_begin_control(text)
+    }
+
     /// The token that a prompt begins with.
     pub fn bos(&self) -> Option<TokenId> {
         self.bos

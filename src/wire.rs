@@ -17,4 +17,5 @@ mod time;
 
 pub use answer::{Caller, StreamWriter};
 pub use json::{DEPTH_MAX, parse, write};
+pub use message::check_model_name;
 pub use time::{KeepAlive, rfc3339};

@@ -4,9 +4,27 @@ use crate::isa::Isa;
 use crate::table::Table;
 
 #[cfg(target_arch = "aarch64")]
+mod aarch64;
+#[cfg(target_arch = "aarch64")]
+mod aarch64_blocks256;
+#[cfg(target_arch = "aarch64")]
+mod aarch64_blocks32;
+#[cfg(target_arch = "aarch64")]
+mod aarch64_dot;
+#[cfg(target_arch = "aarch64")]
+mod aarch64_floats;
+#[cfg(target_arch = "aarch64")]
+mod aarch64_quantize;
+#[cfg(target_arch = "aarch64")]
 mod aarch64_vector;
 pub(crate) mod attention_lanes;
 pub(crate) mod attention_scalar;
+#[cfg(target_arch = "x86_64")]
+mod avx2;
+#[cfg(target_arch = "x86_64")]
+mod avx2_floats;
+#[cfg(target_arch = "x86_64")]
+mod avx2_k;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
 #[cfg(target_arch = "x86_64")]
@@ -14,6 +32,8 @@ mod avx512_floats;
 #[cfg(target_arch = "x86_64")]
 mod avx512_k;
 mod lanes;
+#[cfg(target_arch = "x86_64")]
+mod rows;
 pub(crate) mod scalar;
 pub(crate) mod vector;
 mod vector_lanes;
@@ -24,6 +44,12 @@ mod x86_64_vector;
 /// The table of a set. It may be used only where the set is available.
 pub(crate) fn table(isa: Isa) -> &'static Table {
     match isa {
+        #[cfg(target_arch = "aarch64")]
+        Isa::Neon => &NEON,
+        #[cfg(target_arch = "aarch64")]
+        Isa::NeonDotprod => &NEON_DOTPROD,
+        #[cfg(target_arch = "x86_64")]
+        Isa::Avx2 => &AVX2,
         #[cfg(target_arch = "x86_64")]
         Isa::Avx512Vnni => &AVX512,
         _ => &SCALAR,
@@ -44,5 +70,11 @@ pub(crate) fn vector_table(isa: Isa) -> &'static vector::VectorTable {
 }
 
 static SCALAR: Table = scalar::TABLE;
+#[cfg(target_arch = "aarch64")]
+static NEON: Table = aarch64::install_neon(SCALAR);
+#[cfg(target_arch = "aarch64")]
+static NEON_DOTPROD: Table = aarch64::install_dotprod(NEON);
 #[cfg(target_arch = "x86_64")]
-static AVX512: Table = avx512::install(SCALAR);
+static AVX2: Table = avx2::install(SCALAR);
+#[cfg(target_arch = "x86_64")]
+static AVX512: Table = avx512::install(AVX2);

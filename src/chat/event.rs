@@ -177,7 +177,7 @@ pub struct Reply {
 
 /// Puts a [`Reply`] together from events.
 #[derive(Debug, Default)]
-struct ReplyBuilder {
+pub struct ReplyBuilder {
     text: String,
     tool_calls: Vec<ToolCall>,
     prompt: Vec<TokenLogprob>,
@@ -185,7 +185,8 @@ struct ReplyBuilder {
 }
 
 impl ReplyBuilder {
-    fn add(&mut self, event: ChatEvent) -> Option<Reply> {
+    /// Takes the next event; the whole reply once that was `Done`.
+    pub fn add(&mut self, event: ChatEvent) -> Option<Reply> {
         match event {
             ChatEvent::Accepted { .. } => None,
             ChatEvent::Prompt(tokens) => {

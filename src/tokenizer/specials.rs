@@ -11,9 +11,17 @@ use crate::units::TokenId;
 #[derive(Debug, Default)]
 pub(super) struct SpecialTrie {
     edges: FxHashMap<(u32, u8), u32>,
-    /// By node: the token that ends there, and whether it is a control token.
-    ends: Vec<(u32, bool)>,
+    /// By node: what ends there.
+    ends: Vec<End>,
     has_user_defined: bool,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct End {
+    token: u32,
+    is_control: bool,
+    /// Whether the node lies on the way to a control token.
+    leads_to_control: bool,
 }
 
 /// A special token inside a text.
@@ -29,6 +37,7 @@ impl SpecialTrie {
         if self.ends.is_empty() {
             self.ends.push(NOTHING);
         }
+        let is_control = kind == TokenKind::Control;
         let mut node = 0;
         for byte in text.bytes() {
             let next = self.ends.len() as u32;
@@ -36,8 +45,10 @@ impl SpecialTrie {
             if node == next {
                 self.ends.push(NOTHING);
             }
+            self.ends[node as usize].leads_to_control |= is_control;
         }
-        self.ends[node as usize] = (token, kind == TokenKind::Control);
+        let end = &mut self.ends[node as usize];
+        (end.token, end.is_control) = (token, is_control);
         self.has_user_defined |= kind == TokenKind::UserDefined;
     }
 
@@ -45,8 +56,22 @@ impl SpecialTrie {
     pub(super) fn control(&self, text: &str) -> Option<TokenId> {
         let step = |node, byte| self.edges.get(&(node, byte)).copied();
         let node = text.bytes().try_fold(0, step)?;
-        let (token, is_control) = *self.ends.get(node as usize)?;
-        (is_control && token != NO_TOKEN).then_some(TokenId(token))
+        let end = self.ends.get(node as usize)?;
+        end.is_control.then_some(TokenId(end.token))
+    }
+
+    /// Whether `text` begins with a control token, or is the beginning of one.
+    pub(super) fn may_begin_control(&self, text: &str) -> bool {
+        let mut node = 0;
+        for byte in text.bytes() {
+            let Some(next) = self.edges.get(&(node, byte)) else { return false };
+            node = *next;
+            let end = self.ends[node as usize];
+            if end.is_control || !end.leads_to_control {
+                return end.is_control;
+            }
+        }
+        node != 0
     }
 
     /// The first special token at or after `from`, the longest if several begin there. Control
@@ -68,16 +93,16 @@ impl SpecialTrie {
         for (at, byte) in bytes.iter().enumerate() {
             let Some(next) = self.edges.get(&(node, *byte)) else { break };
             node = *next;
-            let (token, is_control) = self.ends[node as usize];
-            if token != NO_TOKEN && (with_control || !is_control) {
-                longest = Some((at + 1, token));
+            let end = self.ends[node as usize];
+            if end.token != NO_TOKEN && (with_control || !end.is_control) {
+                longest = Some((at + 1, end.token));
             }
         }
         longest
     }
 }
 
-const NOTHING: (u32, bool) = (NO_TOKEN, false);
+const NOTHING: End = End { token: NO_TOKEN, is_control: false, leads_to_control: false };
 
 #[cfg(test)]
 mod tests {
@@ -99,6 +124,11 @@ mod tests {
         assert_eq!(trie.control("<|a|>"), Some(TokenId(7)));
         assert_eq!(trie.control("<|a|>b"), None);
         assert_eq!(trie.control(""), None);
+        for (text, may) in
+            [("<|a|>x", true), ("<|a", true), ("<", true), ("<x", false), ("", false)]
+        {
+            assert_eq!(trie.may_begin_control(text), may, "{text}");
+        }
         assert_eq!(SpecialTrie::default().control("x"), None);
     }
 }

@@ -3,6 +3,7 @@
 use std::fmt;
 use std::marker::PhantomData;
 
+use serde::de::value::MapAccessDeserializer;
 use serde::de::{Deserialize, Deserializer, Error, MapAccess, SeqAccess, Unexpected, Visitor};
 use serde_json::value::RawValue;
 
@@ -21,6 +22,10 @@ pub(super) struct Float(pub f32);
 /// A list of at most `MAX` entries; a longer one is refused before it is stored.
 #[derive(Debug)]
 pub(super) struct List<T, const MAX: usize>(pub Vec<T>);
+
+/// A `T` that is written as an object; serde alone would take a list of its fields as well.
+#[derive(Debug)]
+pub(super) struct Object<T>(pub T);
 
 /// One text or a list of them.
 #[derive(Debug, PartialEq)]
@@ -131,6 +136,22 @@ impl<'de, T: Deserialize<'de>, const MAX: usize> Deserialize<'de> for List<T, MA
             }
         }
         deserializer.deserialize_seq(ListVisitor(PhantomData))
+    }
+}
+
+impl<'de, T: Deserialize<'de>> Deserialize<'de> for Object<T> {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct ObjectVisitor<T>(PhantomData<T>);
+        impl<'de, T: Deserialize<'de>> Visitor<'de> for ObjectVisitor<T> {
+            type Value = Object<T>;
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("an object")
+            }
+            fn visit_map<A: MapAccess<'de>>(self, map: A) -> Result<Self::Value, A::Error> {
+                T::deserialize(MapAccessDeserializer::new(map)).map(Object)
+            }
+        }
+        deserializer.deserialize_map(ObjectVisitor(PhantomData))
     }
 }
 
@@ -291,7 +312,9 @@ mod tests {
 
     #[test]
     fn the_body_itself_must_be_an_object() {
-        let error = parse::<Fields>(b"[1]").expect_err("a list");
-        assert!(error.to_string().starts_with("request body"), "{error}");
+        for (body, found) in [("[1]", "a list"), ("[]", "a list"), ("5", "the number 5")] {
+            let error = parse::<Object<Fields>>(body.as_bytes()).expect_err(body).to_string();
+            assert_eq!(error, format!("request body must be an object, not {found}"));
+        }
     }
 }

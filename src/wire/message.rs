@@ -23,18 +23,24 @@ pub(super) fn role(field: &str, text: Option<&str>) -> Result<Role, ChatError> {
 
 /// A model's name as it stands in a request; absent is the default model.
 pub(super) fn model(name: Option<String>) -> Result<ModelName, ChatError> {
-    let name = name.unwrap_or_default();
-    if name.is_empty() || is_model_name(&name) {
-        return Ok(ModelName::new(&name));
-    }
-    Err(ChatError::invalid(
-        "model",
-        "model must be a name of at most 128 letters, digits and . _ : / -",
-    ))
+    let name = ModelName::new(name.as_deref().unwrap_or(""));
+    check_model_name(&name)?;
+    Ok(name)
 }
 
-/// Whether `name` could be a model's name.
-pub(super) fn is_model_name(name: &str) -> bool {
+/// Whether `name` could be a model's, or is empty, which means the default one.
+///
+/// # Errors
+/// `Invalid`, without repeating the name.
+pub fn check_model_name(name: &ModelName) -> Result<(), ChatError> {
+    if name.as_str().is_empty() || is_model_name(name.as_str()) {
+        return Ok(());
+    }
+    let message = "model must be a name of at most 128 letters, digits and . _ : / -";
+    Err(ChatError::invalid("model", message))
+}
+
+fn is_model_name(name: &str) -> bool {
     let bytes = name.as_bytes();
     bytes.len() <= 128
         && bytes.first().is_some_and(u8::is_ascii_alphanumeric)

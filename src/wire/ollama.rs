@@ -8,3 +8,6 @@ mod request;
 pub use answer::{LineWriter, Shape, error_line, error_text, loaded, reply};
 pub use listing::{model_name, ps, show, tags, version};
 pub use request::{ChatBody, GenerateBody, Work};
+
+#[cfg(test)]
+mod tests;

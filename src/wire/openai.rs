@@ -12,10 +12,13 @@ pub use chat::ChatBody;
 pub(super) use chat::seed;
 pub use completion::{CompletionBody, CompletionWriter, Echo, completion_reply};
 pub use error::ErrorBody;
-pub use models::{health, loading, model, models, props};
+pub use models::{health, loading, model, models, props, ready};
 
 /// Choices of one request.
 pub const CHOICES_MAX: usize = 4;
 
 /// Prompts of one request for completions.
 pub const PROMPTS_MAX: usize = 128;
+
+#[cfg(test)]
+mod tests;

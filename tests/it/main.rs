@@ -1,5 +1,8 @@
 //! The integration tests: one binary against the library and the real server.
 
+mod doubles;
+mod http;
 mod mqtt;
+mod rest;
 mod tidy;
 mod tokenizers;

@@ -15,6 +15,7 @@ use std::arch::x86_64::*;
 
 use super::avx512_floats::{product_bf16, product_f16, product_f32};
 use super::avx512_k::{product_q4_k, product_q5_k, product_q6_k};
+use super::rows::{Blocks, Group, Padded};
 use crate::format::Format;
 use crate::table::{Piece, Table};
 
@@ -78,7 +79,7 @@ unsafe fn product_q8_0(piece: &Piece<'_>) {
 #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
 fn product<const KIND: u8>(piece: &Piece<'_>) {
     for first in (0..piece.rows).step_by(LANES) {
-        let group = Group::new(piece, first);
+        let group = Group::<LANES>::new(piece, first);
         match piece.tokens() {
             1 => few::<KIND, 1>(&group),
             2 => few::<KIND, 2>(&group),
@@ -89,68 +90,14 @@ fn product<const KIND: u8>(piece: &Piece<'_>) {
     }
 }
 
-/// Up to sixteen rows of a piece, against its tokens.
-pub(super) struct Group<'a> {
-    pub(super) piece: &'a Piece<'a>,
-    first: usize,
-    rows: usize,
-}
-
-/// Blocks of sixteen rows: that of row `r` begins at `at + r * stride`.
-#[derive(Clone, Copy)]
-pub(super) struct Blocks {
-    pub(super) at: *const u8,
-    pub(super) stride: usize,
-}
-
-/// A copy of the blocks of fewer than sixteen rows, the missing ones zero.
-pub(super) struct Padded([u8; LANES * PADDED_BYTES]);
-
-/// The bytes of 256 values in the largest format.
-const PADDED_BYTES: usize = 272;
-
-impl Padded {
-    pub(super) fn new() -> Padded {
-        Padded([0; LANES * PADDED_BYTES])
-    }
-}
-
-impl<'a> Group<'a> {
-    pub(super) fn new(piece: &'a Piece<'a>, first: usize) -> Group<'a> {
-        Group { piece, first, rows: LANES.min(piece.rows - first) }
-    }
-
-    /// The bytes `start..start + len` of all rows; `len` is at most [`PADDED_BYTES`].
-    #[inline]
-    pub(super) fn blocks(&self, start: usize, len: usize, padded: &mut Padded) -> Blocks {
-        let stride = self.piece.row_bytes;
-        if self.rows == LANES {
-            let rows = &self.piece.weights[self.first * stride..][..LANES * stride];
-            assert!(start + len <= stride, "inside of a row");
-            return Blocks { at: rows[start..].as_ptr(), stride };
-        }
-        for (row, to) in padded.0.chunks_exact_mut(PADDED_BYTES).take(self.rows).enumerate() {
-            to[..len].copy_from_slice(&self.piece.row(self.first + row)[start..][..len]);
-        }
-        Blocks { at: padded.0.as_ptr(), stride: PADDED_BYTES }
-    }
-
-    /// Writes the sums of a token.
-    #[inline]
-    #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
-    pub(super) fn store(&self, token: usize, sums: __m512) {
-        let at = self.piece.out.at(token, self.first, self.rows);
-        let mask = u16::MAX >> (LANES - self.rows);
-        // SAFETY: `at` is valid for `rows` values, the mask writes no more.
-        unsafe { _mm512_mask_storeu_ps(at, mask, sums) }
-    }
-}
-
-impl Blocks {
-    #[inline]
-    pub(super) fn offset(self, bytes: usize) -> Blocks {
-        Blocks { at: self.at.wrapping_add(bytes), stride: self.stride }
-    }
+/// Writes the sums of a token.
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
+pub(super) fn store(group: &Group<'_, LANES>, token: usize, sums: __m512) {
+    let at = group.piece.out.at(token, group.first, group.rows);
+    let mask = u16::MAX >> (LANES - group.rows);
+    // SAFETY: `at` is valid for `rows` values, the mask writes no more.
+    unsafe { _mm512_mask_storeu_ps(at, mask, sums) }
 }
 
 /// 16 bytes of each row: register `k` has in lane `r` the bytes `4 k..4 k + 4` of row `r`.
@@ -189,16 +136,8 @@ pub(super) unsafe fn columns(blocks: Blocks) -> [__m512i; 4] {
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
 pub(super) unsafe fn halves(blocks: Blocks) -> __m512 {
-    let word = |row: usize| {
-        let at = blocks.at.wrapping_add(row * blocks.stride).cast::<u16>();
-        // SAFETY: the caller's promise.
-        u64::from(unsafe { at.read_unaligned() })
-    };
-    // Four words in a general register: the vector units have enough to shuffle.
-    let four = |row: usize| {
-        let low = word(row) | word(row + 1) << 16;
-        (low | (word(row + 2) | word(row + 3) << 16) << 32).cast_signed()
-    };
+    // SAFETY: the caller's promise.
+    let four = |row| unsafe { blocks.four_halves(row) };
     _mm512_cvtph_ps(_mm256_set_epi64x(four(12), four(8), four(4), four(0)))
 }
 
@@ -292,7 +231,7 @@ fn add<const KIND: u8>(
 /// All of `T` tokens, weights from memory to registers.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
-fn few<const KIND: u8, const T: usize>(group: &Group<'_>) {
+fn few<const KIND: u8, const T: usize>(group: &Group<'_, LANES>) {
     let piece = group.piece;
     let (cols, bytes) = (piece.x.cols(), format(KIND).block_bytes());
     let levels: [*const i8; T] = std::array::from_fn(|t| piece.x.levels_of(t).as_ptr());
@@ -316,14 +255,14 @@ fn few<const KIND: u8, const T: usize>(group: &Group<'_>) {
         }
     }
     for (t, sum) in sums.into_iter().enumerate() {
-        group.store(t, sum);
+        store(group, t, sum);
     }
 }
 
 /// Any number of tokens: panels of 256 columns.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
-fn many<const KIND: u8>(group: &Group<'_>) {
+fn many<const KIND: u8>(group: &Group<'_, LANES>) {
     let piece = group.piece;
     let (blocks_a_row, bytes) = (piece.x.cols() / 32, format(KIND).block_bytes());
     let mut padded = Padded::new();
@@ -360,7 +299,7 @@ fn many<const KIND: u8>(group: &Group<'_>) {
             }
         }
         for (t, sum) in sums.iter().take(tokens).enumerate() {
-            group.store(first_token + t, *sum);
+            store(group, first_token + t, *sum);
         }
     }
 }

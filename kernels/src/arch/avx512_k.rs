@@ -9,9 +9,9 @@
 use std::arch::x86_64::*;
 
 use super::avx512::{
-    Blocks, FEW, Group, LANES, Padded, TOKENS, broadcast, columns, halves, high_nibbles,
-    low_nibbles,
+    FEW, LANES, TOKENS, broadcast, columns, halves, high_nibbles, low_nibbles, store,
 };
+use super::rows::{Blocks, Group, Padded};
 use crate::format::Format;
 use crate::table::Piece;
 
@@ -212,7 +212,7 @@ fn product<const KIND: u8, const GROUPS: usize>(piece: &Piece<'_>) {
     let mut padded = Padded::new();
     let mut panel = Panel::<GROUPS>::new();
     for first_row in (0..piece.rows).step_by(LANES) {
-        let group = Group::new(piece, first_row);
+        let group = Group::<LANES>::new(piece, first_row);
         for first_token in (0..piece.tokens()).step_by(TOKENS) {
             let tokens = TOKENS.min(piece.tokens() - first_token);
             let mut sums = [_mm512_setzero_ps(); TOKENS];
@@ -233,7 +233,7 @@ fn product<const KIND: u8, const GROUPS: usize>(piece: &Piece<'_>) {
                 }
             }
             for (t, sum) in sums.iter().take(tokens).enumerate() {
-                group.store(first_token + t, *sum);
+                store(&group, first_token + t, *sum);
             }
         }
     }

@@ -194,6 +194,3 @@ fn done_reason(reason: FinishReason) -> &'static str {
         FinishReason::Stop | FinishReason::ToolCalls => "stop",
     }
 }
-
-#[cfg(test)]
-mod tests;

@@ -6,6 +6,7 @@ use serde::Deserialize;
 use serde_json::{Map, Value, json};
 
 use super::super::json::{parse, write};
+use super::super::lenient::Object;
 use super::super::message;
 use super::super::time::rfc3339;
 use crate::chat::{ChatError, ModelCard, ModelName};
@@ -27,7 +28,7 @@ struct ShowBody {
 /// # Errors
 /// `Invalid`, naming the field.
 pub fn model_name(body: &[u8]) -> Result<ModelName, ChatError> {
-    let body: ShowBody = parse(body)?;
+    let Object(body): Object<ShowBody> = parse(body)?;
     message::model(body.model.filter(|name| !name.is_empty()).or(body.name))
 }
 
@@ -132,6 +133,3 @@ fn parameter_size(parameters: u64) -> String {
         _ => format!("{:.1}B", value / 1e9),
     }
 }
-
-#[cfg(test)]
-mod tests;

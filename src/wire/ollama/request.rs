@@ -7,7 +7,7 @@ use serde_json::{Map, Value};
 
 use super::super::answer::Caller;
 use super::super::json::parse;
-use super::super::lenient::{Float, Int, List, Presence, Raw, Texts, ranged};
+use super::super::lenient::{Float, Int, List, Object, Presence, Raw, Texts, ranged};
 use super::super::openai::seed;
 use super::super::time::KeepAlive;
 use super::super::{message, schema};
@@ -37,11 +37,11 @@ pub enum Work {
 #[derive(Debug, Deserialize)]
 pub struct ChatBody {
     model: Option<String>,
-    messages: Option<List<MessageBody, { Limits::MESSAGES_MAX }>>,
-    tools: Option<List<ToolBody, { Limits::TOOLS_MAX }>>,
+    messages: Option<List<Object<MessageBody>, { Limits::MESSAGES_MAX }>>,
+    tools: Option<List<Object<ToolBody>, { Limits::TOOLS_MAX }>>,
     stream: Option<bool>,
     format: Option<Raw>,
-    options: Option<Options>,
+    options: Option<Object<Options>>,
     keep_alive: Option<KeepAlive>,
     think: Option<Think>,
     truncate: Option<bool>,
@@ -62,7 +62,7 @@ pub struct GenerateBody {
     raw: Option<bool>,
     stream: Option<bool>,
     format: Option<Raw>,
-    options: Option<Options>,
+    options: Option<Object<Options>>,
     keep_alive: Option<KeepAlive>,
     think: Option<Think>,
     truncate: Option<bool>,
@@ -75,7 +75,7 @@ struct MessageBody {
     role: Option<String>,
     content: Option<String>,
     images: Option<Presence>,
-    tool_calls: Option<List<CallBody, { Limits::TOOLS_MAX }>>,
+    tool_calls: Option<List<Object<CallBody>, { Limits::TOOLS_MAX }>>,
     tool_name: Option<String>,
     tool_call_id: Option<String>,
 }
@@ -83,7 +83,7 @@ struct MessageBody {
 #[derive(Debug, Deserialize)]
 struct CallBody {
     id: Option<String>,
-    function: Option<FunctionCall>,
+    function: Option<Object<FunctionCall>>,
 }
 
 #[derive(Debug, Deserialize)]
@@ -94,7 +94,7 @@ struct FunctionCall {
 
 #[derive(Debug, Deserialize)]
 struct ToolBody {
-    function: Option<FunctionBody>,
+    function: Option<Object<FunctionBody>>,
 }
 
 #[derive(Debug, Deserialize)]
@@ -148,7 +148,7 @@ impl ChatBody {
     /// # Errors
     /// `Invalid`, naming the field.
     pub fn parse(body: &[u8]) -> Result<ChatBody, ChatError> {
-        parse(body)
+        parse(body).map(|Object(body)| body)
     }
 
     /// Whether the answer is to come piece by piece, which is the default here.
@@ -177,7 +177,7 @@ impl ChatBody {
             return Ok(load_or_unload(self.keep_alive));
         }
         let mut messages = Vec::with_capacity(bodies.len());
-        for (index, body) in bodies.into_iter().enumerate() {
+        for (index, Object(body)) in bodies.into_iter().enumerate() {
             messages.push(turn(&format!("messages[{index}]"), body)?);
         }
         message::pair_tool_results(&mut messages);
@@ -203,7 +203,7 @@ impl GenerateBody {
     /// # Errors
     /// `Invalid`, naming the field.
     pub fn parse(body: &[u8]) -> Result<GenerateBody, ChatError> {
-        parse(body)
+        parse(body).map(|Object(body)| body)
     }
 
     /// Whether the answer is to come piece by piece, which is the default here.
@@ -287,7 +287,7 @@ fn conversation(
 /// What both bodies say alike.
 struct Shared {
     format: Option<Raw>,
-    options: Option<Options>,
+    options: Option<Object<Options>>,
     think: Option<Think>,
     truncate: Option<bool>,
     logprobs: Option<bool>,
@@ -302,7 +302,7 @@ impl Shared {
         parts.logprobs = logprobs(self.logprobs, self.top_logprobs)?;
         parts.truncate = self.truncate.unwrap_or(true);
         parts.template_args = template_args(self.think);
-        let options = self.options.unwrap_or_default();
+        let Object(options) = self.options.unwrap_or(Object(Options::default()));
         parts.context_tokens = ranged("options.num_ctx", options.num_ctx)?;
         parts.max_tokens = num_predict(options.num_predict)?;
         parts.sampling = sampling(&options)?;
@@ -371,7 +371,7 @@ fn turn(field: &str, body: MessageBody) -> Result<Message, ChatError> {
     let role = message::role(&format!("{field}.role"), body.role.as_deref())?;
     let mut message = Message::text(role, body.content.unwrap_or_default());
     let List(calls) = body.tool_calls.unwrap_or(List(Vec::new()));
-    for (index, call) in calls.into_iter().enumerate() {
+    for (index, Object(call)) in calls.into_iter().enumerate() {
         message.tool_calls.push(tool_call(&format!("{field}.tool_calls[{index}]"), call)?);
     }
     message.tool_call_id = body.tool_call_id.filter(|id| !id.is_empty());
@@ -380,7 +380,7 @@ fn turn(field: &str, body: MessageBody) -> Result<Message, ChatError> {
 }
 
 fn tool_call(field: &str, body: CallBody) -> Result<ToolCall, ChatError> {
-    let Some(FunctionCall { name: Some(name), arguments }) = body.function else {
+    let Some(Object(FunctionCall { name: Some(name), arguments })) = body.function else {
         let field = format!("{field}.function.name");
         return Err(ChatError::invalid(&field, format!("{field} is missing")));
     };
@@ -390,14 +390,16 @@ fn tool_call(field: &str, body: CallBody) -> Result<ToolCall, ChatError> {
     Ok(ToolCall { id: body.id.unwrap_or_default(), name, arguments })
 }
 
-fn tools(tools: Option<List<ToolBody, { Limits::TOOLS_MAX }>>) -> Result<Vec<Tool>, ChatError> {
+fn tools(
+    tools: Option<List<Object<ToolBody>, { Limits::TOOLS_MAX }>>,
+) -> Result<Vec<Tool>, ChatError> {
     let List(bodies) = tools.unwrap_or(List(Vec::new()));
     bodies
         .into_iter()
         .enumerate()
-        .map(|(index, body)| {
+        .map(|(index, Object(body))| {
             let field = format!("tools[{index}]");
-            let Some(function) = body.function else {
+            let Some(Object(function)) = body.function else {
                 let message = format!("{field}.function is missing");
                 return Err(ChatError::invalid(&field, message));
             };
@@ -420,6 +422,3 @@ fn load_or_unload(keep_alive: Option<KeepAlive>) -> Work {
 fn not_supported(field: &str, what: &str) -> ChatError {
     ChatError::NotSupported(format!("{field}: this server does not support {what}"))
 }
-
-#[cfg(test)]
-mod tests;

@@ -124,10 +124,9 @@ impl ChatWriter {
         out: &mut Vec<u8>,
     ) {
         if !std::mem::replace(&mut self.choices[index].role_sent, true) {
-            delta.insert("role".to_owned(), "assistant".into());
-            if !delta.contains_key("content") {
-                delta.insert("content".to_owned(), Value::Null);
-            }
+            let said = delta.shift_remove("content").unwrap_or(Value::Null);
+            delta.shift_insert(0, "role".to_owned(), "assistant".into());
+            delta.shift_insert(1, "content".to_owned(), said);
         }
         let mut chunk = self.head.object("chat.completion.chunk");
         let choice = json!({
@@ -290,6 +289,3 @@ pub(in crate::wire) fn token_logprob(token: &TokenLogprob) -> Value {
 fn lossy(bytes: &[u8]) -> String {
     String::from_utf8_lossy(bytes).into_owned()
 }
-
-#[cfg(test)]
-mod tests;

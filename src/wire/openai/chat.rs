@@ -8,7 +8,7 @@ use serde_json::{Map, Value};
 
 use super::super::answer::Caller;
 use super::super::json::parse;
-use super::super::lenient::{Float, Int, List, LogitBias, Raw, Texts, ranged};
+use super::super::lenient::{Float, Int, List, LogitBias, Object, Raw, Texts, ranged};
 use super::super::{message, schema};
 use super::CHOICES_MAX;
 use crate::chat::{
@@ -20,8 +20,8 @@ use crate::chat::{
 #[derive(Debug, Deserialize)]
 pub struct ChatBody {
     model: Option<String>,
-    messages: Option<List<MessageBody, { Limits::MESSAGES_MAX }>>,
-    tools: Option<List<ToolBody, { Limits::TOOLS_MAX }>>,
+    messages: Option<List<Object<MessageBody>, { Limits::MESSAGES_MAX }>>,
+    tools: Option<List<Object<ToolBody>, { Limits::TOOLS_MAX }>>,
     tool_choice: Option<Raw>,
     response_format: Option<Raw>,
     reasoning_effort: Option<String>,
@@ -32,7 +32,7 @@ pub struct ChatBody {
     max_completion_tokens: Option<Int>,
     n: Option<Int>,
     stream: Option<bool>,
-    stream_options: Option<StreamOptions>,
+    stream_options: Option<Object<StreamOptions>>,
     stop: Option<Texts<{ Limits::STOPS_MAX }>>,
     temperature: Option<Float>,
     top_p: Option<Float>,
@@ -55,7 +55,7 @@ pub(super) struct StreamOptions {
 struct MessageBody {
     role: Option<String>,
     content: Option<Content>,
-    tool_calls: Option<List<CallBody, { Limits::TOOLS_MAX }>>,
+    tool_calls: Option<List<Object<CallBody>, { Limits::TOOLS_MAX }>>,
     tool_call_id: Option<String>,
     name: Option<String>,
 }
@@ -63,7 +63,7 @@ struct MessageBody {
 #[derive(Debug, Deserialize)]
 struct CallBody {
     id: Option<String>,
-    function: Option<FunctionCall>,
+    function: Option<Object<FunctionCall>>,
 }
 
 #[derive(Debug, Deserialize)]
@@ -74,7 +74,7 @@ struct FunctionCall {
 
 #[derive(Debug, Deserialize)]
 struct ToolBody {
-    function: Option<FunctionBody>,
+    function: Option<Object<FunctionBody>>,
 }
 
 #[derive(Debug, Deserialize)]
@@ -104,7 +104,7 @@ impl ChatBody {
     /// # Errors
     /// `Invalid`, naming the field.
     pub fn parse(body: &[u8]) -> Result<ChatBody, ChatError> {
-        parse(body)
+        parse(body).map(|Object(body)| body)
     }
 
     /// Whether the answer is to come piece by piece; the default is at once.
@@ -114,7 +114,10 @@ impl ChatBody {
 
     /// Whether a stream ends with the token counts.
     pub fn include_usage(&self) -> bool {
-        self.stream_options.as_ref().and_then(|options| options.include_usage).unwrap_or(false)
+        self.stream_options
+            .as_ref()
+            .and_then(|Object(options)| options.include_usage)
+            .unwrap_or(false)
     }
 
     /// Whether log-probabilities are wanted.
@@ -137,11 +140,11 @@ impl ChatBody {
 
     /// Adds a turn of the user: the MQTT door's shorthand `prompt`.
     pub fn push_user(&mut self, text: String) {
-        self.messages.get_or_insert_with(|| List(Vec::new())).0.push(MessageBody {
+        self.messages.get_or_insert_with(|| List(Vec::new())).0.push(Object(MessageBody {
             role: Some("user".to_owned()),
             content: Some(Content { text, foreign: None }),
             ..MessageBody::default()
-        });
+        }));
     }
 
     /// The request that `caller` means.
@@ -271,11 +274,11 @@ pub(super) fn stops<const MAX: usize>(stop: Option<Texts<MAX>>) -> Vec<String> {
 }
 
 fn messages(
-    messages: Option<List<MessageBody, { Limits::MESSAGES_MAX }>>,
+    messages: Option<List<Object<MessageBody>, { Limits::MESSAGES_MAX }>>,
 ) -> Result<Vec<Message>, ChatError> {
     let List(bodies) = messages.unwrap_or(List(Vec::new()));
     let mut messages = Vec::with_capacity(bodies.len());
-    for (index, body) in bodies.into_iter().enumerate() {
+    for (index, Object(body)) in bodies.into_iter().enumerate() {
         messages.push(message(&format!("messages[{index}]"), body)?);
     }
     message::pair_tool_results(&mut messages);
@@ -292,7 +295,7 @@ fn message(field: &str, body: MessageBody) -> Result<Message, ChatError> {
     }
     let List(calls) = body.tool_calls.unwrap_or(List(Vec::new()));
     let mut message = Message::text(role, content.text);
-    for (index, call) in calls.into_iter().enumerate() {
+    for (index, Object(call)) in calls.into_iter().enumerate() {
         message.tool_calls.push(tool_call(&format!("{field}.tool_calls[{index}]"), call)?);
     }
     message.tool_call_id = body.tool_call_id.filter(|id| !id.is_empty());
@@ -303,7 +306,7 @@ fn message(field: &str, body: MessageBody) -> Result<Message, ChatError> {
 }
 
 fn tool_call(field: &str, body: CallBody) -> Result<ToolCall, ChatError> {
-    let Some(FunctionCall { name: Some(name), arguments }) = body.function else {
+    let Some(Object(FunctionCall { name: Some(name), arguments })) = body.function else {
         let field = format!("{field}.function.name");
         return Err(ChatError::invalid(&field, format!("{field} is missing")));
     };
@@ -313,14 +316,16 @@ fn tool_call(field: &str, body: CallBody) -> Result<ToolCall, ChatError> {
     Ok(ToolCall { id: body.id.unwrap_or_default(), name, arguments })
 }
 
-fn tools(tools: Option<List<ToolBody, { Limits::TOOLS_MAX }>>) -> Result<Vec<Tool>, ChatError> {
+fn tools(
+    tools: Option<List<Object<ToolBody>, { Limits::TOOLS_MAX }>>,
+) -> Result<Vec<Tool>, ChatError> {
     let List(bodies) = tools.unwrap_or(List(Vec::new()));
     bodies
         .into_iter()
         .enumerate()
-        .map(|(index, body)| {
+        .map(|(index, Object(body))| {
             let field = format!("tools[{index}]");
-            let Some(function) = body.function else {
+            let Some(Object(function)) = body.function else {
                 let message = format!("{field}.function is missing: only functions are tools");
                 return Err(ChatError::invalid(&field, message));
             };
@@ -391,7 +396,7 @@ impl<'de> Deserialize<'de> for Content {
             }
             fn visit_seq<A: SeqAccess<'de>>(self, mut parts: A) -> Result<Content, A::Error> {
                 let mut content = Content::default();
-                while let Some(part) = parts.next_element::<Part>()? {
+                while let Some(Object(part)) = parts.next_element::<Object<Part>>()? {
                     content.add(part);
                 }
                 Ok(content)
@@ -416,6 +421,3 @@ impl Content {
         }
     }
 }
-
-#[cfg(test)]
-mod tests;

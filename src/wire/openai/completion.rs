@@ -10,7 +10,7 @@ use serde_json::{Map, Value, json};
 use super::super::answer::{Caller, StreamWriter, finite};
 use super::super::json::{parse, write, write_to};
 use super::super::lenient::{
-    Float, Int, LogitBias, Presence, Texts, ranged, read_list, wrong_type,
+    Float, Int, LogitBias, Object, Presence, Texts, ranged, read_list, wrong_type,
 };
 use super::super::message;
 use super::answer::{Head, SSE_HEARTBEAT, SSE_TYPE, finish, sse, timings, usage};
@@ -40,7 +40,7 @@ pub struct CompletionBody {
     n: Option<Int>,
     best_of: Option<Int>,
     stream: Option<bool>,
-    stream_options: Option<StreamOptions>,
+    stream_options: Option<Object<StreamOptions>>,
     stop: Option<Texts<{ Limits::STOPS_MAX }>>,
     temperature: Option<Float>,
     top_p: Option<Float>,
@@ -78,7 +78,7 @@ impl CompletionBody {
     /// # Errors
     /// `Invalid`, naming the field.
     pub fn parse(body: &[u8]) -> Result<CompletionBody, ChatError> {
-        parse(body)
+        parse(body).map(|Object(body)| body)
     }
 
     /// Whether the answer is to come piece by piece.
@@ -88,7 +88,10 @@ impl CompletionBody {
 
     /// Whether a stream ends with the token counts.
     pub fn include_usage(&self) -> bool {
-        self.stream_options.as_ref().and_then(|options| options.include_usage).unwrap_or(false)
+        self.stream_options
+            .as_ref()
+            .and_then(|Object(options)| options.include_usage)
+            .unwrap_or(false)
     }
 
     /// Whether log-probabilities are wanted.
@@ -547,6 +550,3 @@ fn piece_text(bytes: &[u8]) -> String {
         }),
     }
 }
-
-#[cfg(test)]
-mod tests;

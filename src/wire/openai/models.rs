@@ -27,6 +27,12 @@ pub fn loading(code: u16) -> Vec<u8> {
     write(&json!({ "error": error }))
 }
 
+/// `/readyz`: why not, if not.
+pub fn ready(reasons: &[&str]) -> Vec<u8> {
+    let status = if reasons.is_empty() { "ready" } else { "not ready" };
+    write(&json!({ "status": status, "reasons": reasons }))
+}
+
 /// `/props`. The path is only a name: where files lie is nobody's business.
 pub fn props(card: &ModelCard, slots: u16, version: &str) -> Vec<u8> {
     write(&json!({

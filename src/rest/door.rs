@@ -1,0 +1,297 @@
+//! The way of every request through the door: checks from cheap to dear, then its endpoint.
+
+use std::net::{IpAddr, Ipv4Addr};
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::pin::pin;
+use std::sync::Arc;
+use std::task::Poll;
+use std::time::{Duration, Instant};
+
+use actix_web::http::Method;
+use actix_web::http::header::{
+    self, ACCEPT, CACHE_CONTROL, CONTENT_TYPE, HeaderName, HeaderValue, ORIGIN, VARY,
+};
+use actix_web::web::{Data, Payload};
+use actix_web::{HttpRequest, HttpResponse};
+
+use super::answer::{Answer, Tally};
+use super::body::Body;
+use super::error::Problem;
+use super::guard::Provenance;
+use super::keys::Denied;
+use super::routes::{Endpoint, Route};
+use super::{Shared, body, keys, ollama, openai, routes};
+use crate::chat::{ChatError, Limits, Origin, RequestId};
+use crate::wire::Caller;
+
+const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
+
+/// Answers any request, whatever it is.
+pub(super) async fn handle(
+    request: HttpRequest,
+    payload: Payload,
+    shared: Data<Shared>,
+) -> HttpResponse {
+    let began = Instant::now();
+    let id = request_id(&request);
+    let dialect = routes::dialect(request.path());
+    let mut response = {
+        let mut answer = pin!(answer(&request, payload, &shared, &id));
+        std::future::poll_fn(|context| {
+            catch_unwind(AssertUnwindSafe(|| answer.as_mut().poll(context))).unwrap_or_else(|_| {
+                let error = ChatError::Internal("a panic while answering".to_owned());
+                Poll::Ready(Err(error.into()))
+            })
+        })
+        .await
+        .unwrap_or_else(|problem| {
+            let problem = problem.in_dialect(dialect);
+            log::debug!(target: "rest", request_id:% = id, reason = problem.reason(); "refused");
+            problem.response(dialect)
+        })
+    };
+    finish_headers(&request, &shared, &id, &mut response);
+    log::debug!(
+        target: "rest",
+        request_id:% = id,
+        method:% = request.method(),
+        path = request.path(),
+        status = response.status().as_u16(),
+        head_ms = began.elapsed().as_millis() as u64;
+        "request"
+    );
+    response
+}
+
+async fn answer(
+    request: &HttpRequest,
+    payload: Payload,
+    shared: &Shared,
+    id: &RequestId,
+) -> Result<HttpResponse, Problem> {
+    check_head(request, shared)?;
+    let from = provenance(request);
+    shared.guard.check(&from).map_err(Problem::forbidden)?;
+    if let Some(host) = request.uri().host()
+        && !shared.guard.knows_host(host)
+    {
+        return Err(Problem::forbidden("this host name is not one of this server's"));
+    }
+    let Some(route) = routes::find(request.path()) else { return Err(Problem::no_such_path()) };
+    if request.method() == Method::OPTIONS {
+        return Ok(preflight(request, &route));
+    }
+    if !route.methods.split(", ").any(|method| method == request.method().as_str()) {
+        return Err(Problem::method_not_allowed(route.methods));
+    }
+    let client = request.peer_addr().map_or(Ipv4Addr::UNSPECIFIED.into(), |peer| peer.ip());
+    let authorization = text_header(request, &header::AUTHORIZATION);
+    let key =
+        shared.access.check(route.scope, authorization, client).map_err(|denied| match denied {
+            Denied::Unauthorized => Problem::unauthorized(),
+            Denied::WrongScope => Problem::forbidden("this key does not open this"),
+        })?;
+    let caller = || caller(request, shared, id, key.as_ref(), keys::plain_ip(client));
+    let read = || read_body(request, shared, payload);
+    match route.endpoint {
+        Endpoint::Absent(what) => Err(Problem::not_implemented(what)),
+        Endpoint::Root => Ok(root(request, shared)),
+        Endpoint::Health => Ok(openai::health(shared)),
+        Endpoint::Live => Ok(text("ok\n")),
+        Endpoint::Ready => Ok(openai::ready(shared)),
+        Endpoint::Metrics => Ok(metrics(shared)),
+        Endpoint::Props => openai::props(shared),
+        Endpoint::Models => Ok(openai::models(shared)),
+        Endpoint::Model(name) => openai::model(shared, &name),
+        Endpoint::OllamaVersion => Ok(ollama::version()),
+        Endpoint::OllamaTags => Ok(ollama::tags(shared)),
+        Endpoint::OllamaPs => Ok(ollama::ps(shared)),
+        Endpoint::OllamaShow => ollama::show(shared, &read().await?.bytes),
+        Endpoint::Chat
+        | Endpoint::Completions
+        | Endpoint::OllamaChat
+        | Endpoint::OllamaGenerate => {
+            let tally = Tally::new(shared);
+            let caller = caller()?;
+            work(&route.endpoint, shared, caller, read(), tally).await
+        }
+    }
+}
+
+/// Runs an endpoint that answers, and counts how that ended.
+async fn work(
+    endpoint: &Endpoint,
+    shared: &Shared,
+    caller: Caller,
+    body: impl Future<Output = Result<Body, Problem>>,
+    mut tally: Tally,
+) -> Result<HttpResponse, Problem> {
+    let answer = async {
+        let body = body.await?;
+        check_ready(shared)?;
+        match endpoint {
+            Endpoint::Chat => openai::chat(shared, caller, body).await,
+            Endpoint::Completions => openai::completions(shared, caller, body).await,
+            Endpoint::OllamaChat => ollama::chat(shared, caller, body).await,
+            _ => ollama::generate(shared, caller, body).await,
+        }
+    };
+    let answer = tokio::select! {
+        answer = answer => answer,
+        () = shared.active.until_cut() => Err(draining().into()),
+    };
+    match answer {
+        Ok(Answer::Whole(bytes, reason)) => {
+            tally.note(reason);
+            Ok(json(bytes))
+        }
+        Ok(Answer::Stream(body)) => Ok(HttpResponse::Ok()
+            .insert_header((CONTENT_TYPE, body.content_type()))
+            .insert_header((CACHE_CONTROL, "no-cache"))
+            .insert_header(("x-accel-buffering", "no"))
+            .message_body(body.tallied(tally))
+            .expect("constant headers are valid")
+            .map_into_boxed_body()),
+        Err(problem) => {
+            tally.note(problem.reason());
+            Err(problem)
+        }
+    }
+}
+
+fn check_ready(shared: &Shared) -> Result<(), Problem> {
+    if shared.readiness.is_draining() {
+        return Err(draining().into());
+    }
+    if shared.readiness.is_loading() {
+        return Err(Problem::loading());
+    }
+    Ok(())
+}
+
+fn draining() -> ChatError {
+    ChatError::Draining { retry_after: Duration::from_secs(5) }
+}
+
+fn check_head(request: &HttpRequest, shared: &Shared) -> Result<(), Problem> {
+    let limit = shared.limits.header_bytes;
+    let path = request.uri().path_and_query().map_or(0, |path| path.as_str().len());
+    let headers = request.headers().iter();
+    let bytes =
+        path + headers.map(|(name, value)| name.as_str().len() + value.len() + 4).sum::<usize>();
+    if bytes > limit { Err(Problem::head_too_large(limit)) } else { Ok(()) }
+}
+
+fn provenance(request: &HttpRequest) -> Provenance<'_> {
+    let mut hosts = request.headers().get_all(header::HOST);
+    let host = match (hosts.next(), hosts.next()) {
+        (Some(host), None) => Some(host.to_str().unwrap_or("")),
+        (Some(_), Some(_)) => Some(""),
+        (None, _) => None,
+    };
+    Provenance {
+        host,
+        origin: request.headers().get(ORIGIN).map(|origin| origin.to_str().unwrap_or("")),
+        fetch_site: text_header(request, &HeaderName::from_static("sec-fetch-site")),
+        acts: !matches!(*request.method(), Method::GET | Method::HEAD),
+    }
+}
+
+async fn read_body(
+    request: &HttpRequest,
+    shared: &Shared,
+    payload: Payload,
+) -> Result<Body, Problem> {
+    let encoding = text_header(request, &header::CONTENT_ENCODING).unwrap_or("identity");
+    if !encoding.eq_ignore_ascii_case("identity") {
+        return Err(Problem::encoded_body());
+    }
+    let declared = text_header(request, &header::CONTENT_LENGTH).and_then(|len| len.parse().ok());
+    body::read(shared, payload, declared).await
+}
+
+fn caller(
+    request: &HttpRequest,
+    shared: &Shared,
+    id: &RequestId,
+    key: Option<&Arc<str>>,
+    client: IpAddr,
+) -> Result<Caller, Problem> {
+    let patience = match text_header(request, &HeaderName::from_static("x-scoutd-deadline-ms")) {
+        None => shared.default_deadline,
+        Some(text) => match text.trim().parse() {
+            Ok(ms) => Duration::from_millis(ms).min(Limits::DEADLINE_MAX),
+            Err(_) => {
+                let message = "X-Scoutd-Deadline-Ms must be a whole number of milliseconds";
+                return Err(Problem::bad_request(message));
+            }
+        },
+    };
+    Ok(Caller {
+        id: id.clone(),
+        origin: Origin::Rest { client },
+        client: key.cloned().unwrap_or_else(|| client.to_string().into()),
+        deadline: Instant::now() + patience,
+    })
+}
+
+fn request_id(request: &HttpRequest) -> RequestId {
+    text_header(request, &REQUEST_ID).and_then(RequestId::parse).unwrap_or_else(RequestId::random)
+}
+
+fn text_header<'a>(request: &'a HttpRequest, name: &HeaderName) -> Option<&'a str> {
+    request.headers().get(name).and_then(|value| value.to_str().ok())
+}
+
+fn finish_headers(
+    request: &HttpRequest,
+    shared: &Shared,
+    id: &RequestId,
+    response: &mut HttpResponse,
+) {
+    let headers = response.headers_mut();
+    if let Ok(id) = HeaderValue::from_str(id.as_str()) {
+        headers.insert(REQUEST_ID, id);
+    }
+    headers.insert(header::X_CONTENT_TYPE_OPTIONS, HeaderValue::from_static("nosniff"));
+    if let Some(origin) = request.headers().get(ORIGIN)
+        && shared.guard.knows_origin(&provenance(request))
+    {
+        headers.insert(header::ACCESS_CONTROL_ALLOW_ORIGIN, origin.clone());
+        headers.insert(VARY, HeaderValue::from_static("Origin"));
+    }
+}
+
+/// What a browser asks before a request across origins; foreign pages do not get this far.
+fn preflight(request: &HttpRequest, route: &Route) -> HttpResponse {
+    let mut response = HttpResponse::NoContent();
+    response.insert_header((header::ALLOW, format!("{}, OPTIONS", route.methods)));
+    response.insert_header((header::ACCESS_CONTROL_ALLOW_METHODS, route.methods));
+    if let Some(wanted) = request.headers().get(header::ACCESS_CONTROL_REQUEST_HEADERS) {
+        response.insert_header((header::ACCESS_CONTROL_ALLOW_HEADERS, wanted.clone()));
+    }
+    response.finish()
+}
+
+fn root(request: &HttpRequest, shared: &Shared) -> HttpResponse {
+    let accepts = text_header(request, &ACCEPT).unwrap_or("");
+    if accepts.contains("text/html") {
+        return shared.page.response();
+    }
+    text("Ollama is running")
+}
+
+fn metrics(shared: &Shared) -> HttpResponse {
+    HttpResponse::Ok()
+        .insert_header((CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8"))
+        .body(shared.metrics.render())
+}
+
+fn text(body: &'static str) -> HttpResponse {
+    HttpResponse::Ok().insert_header((CONTENT_TYPE, "text/plain; charset=utf-8")).body(body)
+}
+
+/// A 200 of JSON.
+pub(super) fn json(body: Vec<u8>) -> HttpResponse {
+    HttpResponse::Ok().insert_header((CONTENT_TYPE, "application/json")).body(body)
+}
