@@ -15,7 +15,7 @@ use crate::units::Bytes;
 /// A running watch; dropping it stops the thread and waits for it.
 #[derive(Debug)]
 pub struct Watch {
-    stop: Option<mpsc::Sender<()>>,
+    stop: Option<mpsc::SyncSender<()>>,
     thread: Option<JoinHandle<()>>,
     latest: Arc<Mutex<MemorySample>>,
 }
@@ -43,7 +43,7 @@ impl Watch {
         };
         round.run()?;
         let period = Duration::from_millis(config.sample_ms);
-        let (stop, stopped) = mpsc::channel();
+        let (stop, stopped) = mpsc::sync_channel(1);
         let thread = thread::Builder::new().name("memory-watch".to_owned()).spawn(move || {
             let mut failing = false;
             while let Err(RecvTimeoutError::Timeout) = stopped.recv_timeout(period) {
@@ -126,13 +126,13 @@ mod tests {
     /// Gives the samples of a script, one per call, and says when each was asked for.
     struct ScriptedProbe {
         samples: Vec<MemorySample>,
-        asked: mpsc::Sender<usize>,
+        asked: mpsc::SyncSender<usize>,
         next: usize,
     }
 
     impl MemoryProbe for ScriptedProbe {
         fn sample(&mut self) -> io::Result<MemorySample> {
-            let _ = self.asked.send(self.next);
+            let _ = self.asked.try_send(self.next);
             let sample = self.samples.get(self.next.min(self.samples.len() - 1)).copied();
             self.next += 1;
             sample.ok_or_else(|| io::Error::other("the script is empty"))
@@ -152,7 +152,7 @@ mod tests {
     fn the_ledger_follows_the_samples() {
         let ledger = Ledger::new(Bytes(0));
         let metrics = Arc::new(Metrics::new());
-        let (asked, asks) = mpsc::channel();
+        let (asked, asks) = mpsc::sync_channel(1);
         let samples = vec![sample(1000, 600, 0), sample(1000, 500, 0)];
         let probe = ScriptedProbe { samples, asked, next: 0 };
         let config = Config { keep_free_percent: 10.0, sample_ms: 1 };
@@ -177,7 +177,7 @@ mod tests {
             ledger.try_reserve(Purpose::Weights, "m", Bytes(300)).expect("the ledger is empty");
         let kv = ledger.try_reserve(Purpose::Kv, "a", Bytes(100)).expect("700 are free");
         kv.set_touched(Bytes(40));
-        let (asked, _asks) = mpsc::channel();
+        let (asked, _asks) = mpsc::sync_channel(1);
         // 1000 in all: 40 of the KV cache are taken, 200 of the weights lie in the page cache.
         let probe = ScriptedProbe { samples: vec![sample(1000, 960, 200)], asked, next: 0 };
         let config = Config { keep_free_percent: 0.0, sample_ms: 60_000 };

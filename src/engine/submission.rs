@@ -1,0 +1,68 @@
+//! A request on its way from the door to the engine thread.
+
+use std::sync::Arc;
+use std::time::Instant;
+
+use super::places::Place;
+use crate::chat::{ChatRequest, ChatSender, Origin, Priority, SamplingParams, Tool};
+use crate::memory::Permit;
+use crate::units::TokenId;
+
+/// A request that has a place but has not been looked at.
+#[derive(Debug)]
+pub(super) struct Job {
+    pub(super) request: ChatRequest,
+    pub(super) ticket: Ticket,
+}
+
+/// Who waits for the answer, and since when.
+#[derive(Debug)]
+pub(super) struct Ticket {
+    pub(super) sender: ChatSender,
+    pub(super) place: Place,
+    pub(super) door: &'static str,
+    pub(super) arrived: Instant,
+}
+
+/// What the engine needs to know of a request, its prompt already in tokens.
+#[derive(Debug)]
+pub(super) struct Prepared {
+    pub(super) label: String,
+    pub(super) client: Arc<str>,
+    pub(super) priority: Priority,
+    pub(super) deadline: Instant,
+    pub(super) prompt: Vec<TokenId>,
+    pub(super) max_tokens: u32,
+    pub(super) sampling: SamplingParams,
+    pub(super) stops: Vec<String>,
+    /// Tools whose calls are looked for in the answer; empty for plain text.
+    pub(super) tools: Vec<Tool>,
+    /// Alternatives per token, if log-probabilities are wanted.
+    pub(super) logprobs: Option<usize>,
+    /// Log-probabilities of the prompt too; the end token then counts as output.
+    pub(super) scores_prompt: bool,
+}
+
+impl Prepared {
+    /// Tokens the sequence may come to hold.
+    pub(super) fn tokens_max(&self) -> usize {
+        self.prompt.len() + self.max_tokens as usize
+    }
+}
+
+/// A prepared request for the engine thread; without a permit its memory must first be made free.
+#[derive(Debug)]
+pub(super) struct Submission {
+    pub(super) prepared: Prepared,
+    pub(super) ticket: Ticket,
+    pub(super) permit: Option<Permit>,
+}
+
+/// The metrics' word for a door.
+pub(super) fn door(origin: &Origin) -> &'static str {
+    match origin {
+        Origin::Mqtt { .. } => "mqtt",
+        Origin::Rest { .. } => "rest",
+        Origin::Terminal => "terminal",
+    }
+}
