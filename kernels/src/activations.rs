@@ -107,34 +107,40 @@ impl Activations {
     }
 
     /// F32: the values of a token.
+    #[inline(always)]
     pub(crate) fn values_of(&self, token: usize) -> &[f32] {
         &self.values[token * self.cols..][..self.cols]
     }
 
     /// Q8_0 and Q8_K: the levels of a token.
+    #[inline(always)]
     pub(crate) fn levels_of(&self, token: usize) -> &[i8] {
         &self.levels[token * self.cols..][..self.cols]
     }
 
     /// Q8_0 and Q8_K: the scales of a token's blocks.
+    #[inline(always)]
     pub(crate) fn scales_of(&self, token: usize) -> &[f32] {
         let blocks = self.cols / self.form.block_len();
         &self.scales[token * blocks..][..blocks]
     }
 
     /// Q8_0: the sums of the levels of a token's blocks.
+    #[inline(always)]
     pub(crate) fn sums_of(&self, token: usize) -> &[i32] {
         let blocks = self.cols / 32;
         &self.sums[token * blocks..][..blocks]
     }
 
     /// Q8_0: the scaled sums of a token's blocks.
+    #[inline(always)]
     pub(crate) fn scaled_sums_of(&self, token: usize) -> &[f32] {
         let blocks = self.cols / 32;
         &self.scaled_sums[token * blocks..][..blocks]
     }
 
     /// Q8_K: the sums of each 16 levels of a token.
+    #[inline(always)]
     pub(crate) fn group_sums_of(&self, token: usize) -> &[i16] {
         let groups = self.cols / 16;
         &self.group_sums[token * groups..][..groups]

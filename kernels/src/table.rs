@@ -75,7 +75,7 @@ impl Out<'_> {
     ///
     /// # Panics
     /// If they are not part of this piece.
-    #[inline]
+    #[inline(always)]
     pub(crate) fn at(&self, token: usize, row: usize, len: usize) -> *mut f32 {
         assert!(token < self.tokens && row + len <= self.rows, "outside of the piece");
         // SAFETY: inside the result, as `Shared::piece` made sure of the corners.

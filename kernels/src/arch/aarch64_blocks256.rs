@@ -1,8 +1,9 @@
 //! Q4_K, Q5_K and Q6_K weights against Q8_K activations.
 //!
 //! ```text
-//! decode, 4 rows:   for each block and row: sum over groups of (w . x) * scale, in 4 lanes; minima . group sums
-//!                   then lanes are summed for the 4 rows at once, and lane r belongs to row r
+//! decode, 4 rows:   for each block and row: w . x of four groups into the four lanes of a register (three pairwise
+//!                   additions), times their scales in one multiply-add, which is slow on 32-bit lanes; minima . group
+//!                   sums; then lanes are summed for the 4 rows at once, and lane r belongs to row r
 //! prefill, 4 rows x T tokens:
 //!     for each block: unpack and interleave 4 rows once into a panel (1 KiB)
 //!         for each group: for each token: isum[t] += scale[4 rows] * (8 sdot by element)
@@ -19,7 +20,9 @@
 use std::arch::aarch64::*;
 
 use super::aarch64_blocks32::{Tile, quad};
-use super::aarch64_dot::{IntDot, Rows16, Weights, interleave, load_halves, sums_of_rows};
+use super::aarch64_dot::{
+    IntDot, Rows16, Weights, interleave, load_halves, sums_of_rows, unrolled,
+};
 use crate::activations::Activations;
 use crate::blocks::{BlockQ4K, BlockQ5K, BlockQ6K, unpack_scales};
 use crate::table::Piece;
@@ -34,7 +37,7 @@ trait Blocks256: Weights {
     type Scales;
     /// `(Σ scale (w . x), what is taken off it by the second factor)`, both to be summed over their lanes.
     unsafe fn dot<D: IntDot>(block: *const Self::Block, x: &Block) -> (int32x4_t, int32x4_t);
-    unsafe fn unpack_rows(blocks: [*const Self::Block; 4]) -> Panel;
+    unsafe fn unpack_rows(blocks: [*const Self::Block; 4], panel: &mut Panel);
     unsafe fn scales(blocks: [*const Self::Block; 4]) -> Self::Scales;
     /// `isum + scale * (w . x)` for part `b`, lane = row.
     unsafe fn add_part<D: IntDot>(
@@ -80,32 +83,34 @@ impl Block {
     }
 }
 
-/// A token's activations.
-#[derive(Clone, Copy)]
-struct Token {
+/// The activations of a tile's tokens: rows of equal length.
+struct Tokens {
+    blocks: usize,
     levels: *const i8,
     group_sums: *const i16,
     scales: *const f32,
 }
 
-impl Token {
+impl Tokens {
     #[inline(always)]
-    fn new(x: &Activations, token: usize) -> Token {
-        Token {
-            levels: x.levels_of(token).as_ptr(),
-            group_sums: x.group_sums_of(token).as_ptr(),
-            scales: x.scales_of(token).as_ptr(),
+    fn new(x: &Activations, first: usize) -> Tokens {
+        Tokens {
+            blocks: x.cols() / 256,
+            levels: x.levels_of(first).as_ptr(),
+            group_sums: x.group_sums_of(first).as_ptr(),
+            scales: x.scales_of(first).as_ptr(),
         }
     }
 
     #[inline(always)]
-    unsafe fn block(&self, b: usize) -> Block {
+    unsafe fn block(&self, t: usize, b: usize) -> Block {
+        let at = t * self.blocks + b;
         // SAFETY: the contract of this file: the token has this block.
         unsafe {
             Block {
-                levels: self.levels.add(256 * b),
-                group_sums: self.group_sums.add(16 * b),
-                scale: self.scales.add(b),
+                levels: self.levels.add(256 * at),
+                group_sums: self.group_sums.add(16 * at),
+                scale: self.scales.add(at),
             }
         }
     }
@@ -162,13 +167,13 @@ unsafe fn one_token<D: IntDot, F: Blocks256>(
     rows: [*const F::Block; 4],
     token: usize,
 ) -> Tile<1> {
-    let x = Token::new(piece.x, token);
+    let x = Tokens::new(piece.x, token);
     // SAFETY: the contract of this file: rows and token have `cols / 256` blocks.
     unsafe {
         let mut acc = vdupq_n_f32(0.0);
-        for b in 0..piece.x.cols() / 256 {
-            let blocks = [rows[0].add(b), rows[1].add(b), rows[2].add(b), rows[3].add(b)];
-            let x = x.block(b);
+        for b in 0..x.blocks {
+            let blocks = rows.map(|row| row.add(b));
+            let x = x.block(0, b);
             let (s0, o0) = F::dot::<D>(blocks[0], &x);
             let (s1, o1) = F::dot::<D>(blocks[1], &x);
             let (s2, o2) = F::dot::<D>(blocks[2], &x);
@@ -187,26 +192,27 @@ unsafe fn tile<D: IntDot, F: Blocks256, const T: usize>(
     rows: [*const F::Block; 4],
     token: usize,
 ) -> Tile<T> {
-    let tokens: [Token; T] = std::array::from_fn(|t| Token::new(piece.x, token + t));
+    let x = Tokens::new(piece.x, token);
     // SAFETY: the contract of this file: rows and tokens have `cols / 256` blocks.
     unsafe {
         let mut acc = [vdupq_n_f32(0.0); T];
-        for b in 0..piece.x.cols() / 256 {
-            let blocks = [rows[0].add(b), rows[1].add(b), rows[2].add(b), rows[3].add(b)];
-            let panel = F::unpack_rows(blocks);
+        let mut panel: Panel = [[[vdupq_n_s8(0); 4]; 2]; 8];
+        for b in 0..x.blocks {
+            let blocks = rows.map(|row| row.add(b));
+            F::unpack_rows(blocks, &mut panel);
             let scales = F::scales(blocks);
             let mut isums = [vdupq_n_s32(0); T];
             for (part, w) in panel.iter().enumerate() {
-                for (isum, x) in isums.iter_mut().zip(&tokens) {
-                    *isum = F::add_part::<D>(*isum, &scales, part, w, &x.block(b));
-                }
+                unrolled!(T, |t| {
+                    isums[t] = F::add_part::<D>(isums[t], &scales, part, w, &x.block(t, b));
+                });
             }
             let d = F::d(blocks);
-            for ((acc, isum), x) in acc.iter_mut().zip(isums).zip(&tokens) {
-                let x = x.block(b);
+            unrolled!(T, |t| {
+                let x = x.block(t, b);
                 let offsets = F::offsets(&scales, &x);
-                *acc = F::add(*acc, blocks, d, vld1q_dup_f32(x.scale), isum, offsets);
-            }
+                acc[t] = F::add(acc[t], blocks, d, vld1q_dup_f32(x.scale), isums[t], offsets);
+            });
         }
         Tile(acc)
     }
@@ -286,17 +292,12 @@ unsafe fn dot_with_min<D: IntDot, W: Weights>(
             D::dot32::<W>(w, [x.levels(32 * b), x.levels(32 * b + 16)])
         };
         let [w0, w1] = pair(0);
-        let acc = vmulq_laneq_s32::<0>(dot(w0, 0), low);
-        let acc = vmlaq_laneq_s32::<1>(acc, dot(w1, 1), low);
-        let [w0, w1] = pair(1);
-        let acc = vmlaq_laneq_s32::<2>(acc, dot(w0, 2), low);
-        let acc = vmlaq_laneq_s32::<3>(acc, dot(w1, 3), low);
-        let [w0, w1] = pair(2);
-        let acc = vmlaq_laneq_s32::<0>(acc, dot(w0, 4), high);
-        let acc = vmlaq_laneq_s32::<1>(acc, dot(w1, 5), high);
-        let [w0, w1] = pair(3);
-        let acc = vmlaq_laneq_s32::<2>(acc, dot(w0, 6), high);
-        let acc = vmlaq_laneq_s32::<3>(acc, dot(w1, 7), high);
+        let [w2, w3] = pair(1);
+        let first = sums_of_rows([dot(w0, 0), dot(w1, 1), dot(w2, 2), dot(w3, 3)]);
+        let [w4, w5] = pair(2);
+        let [w6, w7] = pair(3);
+        let second = sums_of_rows([dot(w4, 4), dot(w5, 5), dot(w6, 6), dot(w7, 7)]);
+        let acc = vmlaq_s32(vmulq_s32(first, low), second, high);
         (acc, offsets)
     }
 }
@@ -353,11 +354,10 @@ impl Blocks256 for Q4K {
     }
 
     #[inline(always)]
-    unsafe fn unpack_rows(blocks: [*const BlockQ4K; 4]) -> Panel {
+    unsafe fn unpack_rows(blocks: [*const BlockQ4K; 4], panel: &mut Panel) {
         // SAFETY: the contract of this file: 128 bytes of nibbles each.
         unsafe {
             let qs = blocks.map(|block| (&raw const (*block).qs).cast::<u8>());
-            let mut panel: Panel = [[[vdupq_n_s8(0); 4]; 2]; 8];
             for pair in 0..4 {
                 for half in 0..2 {
                     let bytes = interleave(qs.map(|qs| vld1q_u8(qs.add(32 * pair + 16 * half))));
@@ -365,7 +365,6 @@ impl Blocks256 for Q4K {
                     panel[2 * pair + 1][half] = bytes.map(|bytes| high_nibbles(bytes));
                 }
             }
-            panel
         }
     }
 
@@ -456,12 +455,11 @@ impl Blocks256 for Q5K {
     }
 
     #[inline(always)]
-    unsafe fn unpack_rows(blocks: [*const BlockQ5K; 4]) -> Panel {
+    unsafe fn unpack_rows(blocks: [*const BlockQ5K; 4], panel: &mut Panel) {
         // SAFETY: the contract of this file: 128 bytes of nibbles, 32 of fifth bits each.
         unsafe {
             let qs = blocks.map(|block| (&raw const (*block).qs).cast::<u8>());
             let qh = blocks.map(|block| (&raw const (*block).qh).cast::<u8>());
-            let mut panel: Panel = [[[vdupq_n_s8(0); 4]; 2]; 8];
             for half in 0..2 {
                 let mut bits = interleave(qh.map(|qh| vld1q_u8(qh.add(16 * half))));
                 for pair in 0..4 {
@@ -474,7 +472,6 @@ impl Blocks256 for Q5K {
                     }
                 }
             }
-            panel
         }
     }
 
@@ -577,28 +574,33 @@ impl Blocks256 for Q6K {
                 let (ql, qh) = (ql.add(64 * half), qh.add(32 * half));
                 let x = |group: usize| x.levels(128 * half + 16 * group);
                 let zero = vdupq_n_s32(0);
-                let w = six_bits(vld1q_u8(ql), vld1q_u8(ql.add(32)), vld1q_u8(qh));
-                acc = vmlaq_laneq_s32::<0>(acc, D::dot16(zero, w[0], x(0)), low);
-                acc = vmlaq_laneq_s32::<2>(acc, D::dot16(zero, w[1], x(2)), low);
-                acc = vmlaq_laneq_s32::<0>(acc, D::dot16(zero, w[2], x(4)), high);
-                acc = vmlaq_laneq_s32::<2>(acc, D::dot16(zero, w[3], x(6)), high);
-                let w = six_bits(vld1q_u8(ql.add(16)), vld1q_u8(ql.add(48)), vld1q_u8(qh.add(16)));
-                acc = vmlaq_laneq_s32::<1>(acc, D::dot16(zero, w[0], x(1)), low);
-                acc = vmlaq_laneq_s32::<3>(acc, D::dot16(zero, w[1], x(3)), low);
-                acc = vmlaq_laneq_s32::<1>(acc, D::dot16(zero, w[2], x(5)), high);
-                acc = vmlaq_laneq_s32::<3>(acc, D::dot16(zero, w[3], x(7)), high);
+                let even = six_bits(vld1q_u8(ql), vld1q_u8(ql.add(32)), vld1q_u8(qh));
+                let odd =
+                    six_bits(vld1q_u8(ql.add(16)), vld1q_u8(ql.add(48)), vld1q_u8(qh.add(16)));
+                let first = sums_of_rows([
+                    D::dot16(zero, even[0], x(0)),
+                    D::dot16(zero, odd[0], x(1)),
+                    D::dot16(zero, even[1], x(2)),
+                    D::dot16(zero, odd[1], x(3)),
+                ]);
+                let second = sums_of_rows([
+                    D::dot16(zero, even[2], x(4)),
+                    D::dot16(zero, odd[2], x(5)),
+                    D::dot16(zero, even[3], x(6)),
+                    D::dot16(zero, odd[3], x(7)),
+                ]);
+                acc = vmlaq_s32(vmlaq_s32(acc, first, low), second, high);
             }
             (acc, offsets)
         }
     }
 
     #[inline(always)]
-    unsafe fn unpack_rows(blocks: [*const BlockQ6K; 4]) -> Panel {
+    unsafe fn unpack_rows(blocks: [*const BlockQ6K; 4], panel: &mut Panel) {
         // SAFETY: the contract of this file: 128 bytes ql, 64 qh each.
         unsafe {
             let ql = blocks.map(|block| (&raw const (*block).ql).cast::<u8>());
             let qh = blocks.map(|block| (&raw const (*block).qh).cast::<u8>());
-            let mut panel: Panel = [[[vdupq_n_s8(0); 4]; 2]; 8];
             for half in 0..2 {
                 for c in 0..2 {
                     let at = 64 * half + 16 * c;
@@ -613,7 +615,6 @@ impl Blocks256 for Q6K {
                     }
                 }
             }
-            panel
         }
     }
 

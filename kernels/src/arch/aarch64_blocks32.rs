@@ -6,8 +6,9 @@
 //!     for each block: unpack and interleave 4 rows once (8 registers)
 //!         for each token: dots = 8 sdot by element, no horizontal sum; acc[t] = acc[t] + (d d_x[t]) * dots
 //! ```
-//! The offset of Q4_0 is taken off as 8 times the sum of the activations, so nibbles stay as they are. Blocks are
-//! added in order with one rounding each: every form gives the bits of the scalar reference.
+//! The offset of Q4_0 is taken off in decode as 8 times the sum of the activations, so nibbles stay as they are; in
+//! prefill when they are unpacked, once for all tokens. Blocks are added in order with one rounding each: every form
+//! gives the bits of the scalar reference.
 //!
 //! # Safety of every function
 //! The processor has the features of `D`, and the body is inlined into a function that enables them; the piece
@@ -17,7 +18,9 @@
 
 use std::arch::aarch64::*;
 
-use super::aarch64_dot::{IntDot, Rows16, Weights, interleave, load_halves, sums_of_rows};
+use super::aarch64_dot::{
+    IntDot, Rows16, Weights, interleave, load_halves, sums_of_rows, unrolled,
+};
 use crate::activations::Activations;
 use crate::blocks::{BlockQ4_0, BlockQ4_1, BlockQ8_0};
 use crate::table::Piece;
@@ -25,7 +28,7 @@ use crate::table::Piece;
 /// A format of blocks of 32.
 trait Blocks32: Weights {
     type Block;
-    /// Taken off every level.
+    /// Taken off every level that `unpack` gives; `unpack_rows` gives levels without it.
     const OFFSET: i32;
     /// Whether a block has a minimum `m`.
     const HAS_MIN: bool;
@@ -83,7 +86,10 @@ impl Blocks32 for Q4_0 {
     #[inline(always)]
     unsafe fn unpack_rows(blocks: [*const BlockQ4_0; 4]) -> [Rows16; 2] {
         // SAFETY: the contract of this file.
-        unsafe { nibbles_of_rows(blocks.map(|block| (&raw const (*block).qs).cast())) }
+        unsafe {
+            let rows = nibbles_of_rows(blocks.map(|block| (&raw const (*block).qs).cast()));
+            rows.map(|rows| rows.map(|levels| vsubq_s8(levels, vdupq_n_s8(8))))
+        }
     }
     #[inline(always)]
     unsafe fn d(blocks: [*const BlockQ4_0; 4]) -> float32x4_t {
@@ -231,67 +237,77 @@ impl<const T: usize> Tile<T> {
             // SAFETY: `at` checks that `len` places are ours.
             unsafe {
                 let to = piece.out.at(token + t, row, len);
-                if len == 4 {
-                    vst1q_f32(to, lanes);
-                } else {
-                    let mut values = [0.0; 4];
-                    vst1q_f32(values.as_mut_ptr(), lanes);
-                    std::ptr::copy_nonoverlapping(values.as_ptr(), to, len);
+                match len {
+                    4 => vst1q_f32(to, lanes),
+                    3 => {
+                        vst1_f32(to, vget_low_f32(lanes));
+                        vst1q_lane_f32::<2>(to.add(2), lanes);
+                    }
+                    2 => vst1_f32(to, vget_low_f32(lanes)),
+                    _ => vst1q_lane_f32::<0>(to, lanes),
                 }
             }
         }
     }
 }
 
-/// The activations of a token: one entry a block.
-#[derive(Clone, Copy)]
-struct Token {
+/// The activations of a tile's tokens: rows of equal length, one entry a block.
+struct Tokens {
+    blocks: usize,
     levels: *const i8,
     scales: *const f32,
     sums: *const i32,
     scaled_sums: *const f32,
 }
 
-impl Token {
+impl Tokens {
     #[inline(always)]
-    fn new(x: &Activations, token: usize) -> Token {
-        Token {
-            levels: x.levels_of(token).as_ptr(),
-            scales: x.scales_of(token).as_ptr(),
-            sums: x.sums_of(token).as_ptr(),
-            scaled_sums: x.scaled_sums_of(token).as_ptr(),
+    fn new(x: &Activations, first: usize) -> Tokens {
+        Tokens {
+            blocks: x.cols() / 32,
+            levels: x.levels_of(first).as_ptr(),
+            scales: x.scales_of(first).as_ptr(),
+            sums: x.sums_of(first).as_ptr(),
+            scaled_sums: x.scaled_sums_of(first).as_ptr(),
         }
     }
 
     #[inline(always)]
-    unsafe fn levels(&self, block: usize) -> [int8x16_t; 2] {
+    unsafe fn levels(&self, t: usize, b: usize) -> [int8x16_t; 2] {
         // SAFETY: the contract of this file: the token has this block.
         unsafe {
-            let levels = self.levels.add(32 * block);
+            let levels = self.levels.add(32 * (t * self.blocks + b));
             [vld1q_s8(levels), vld1q_s8(levels.add(16))]
         }
     }
 
-    /// `acc + (d d_x) (dots - OFFSET Σx) [+ m s_x]`
+    /// `dots - OFFSET Σx`
+    #[inline(always)]
+    unsafe fn without_offset<F: Blocks32>(&self, b: usize, dots: int32x4_t) -> int32x4_t {
+        if F::OFFSET == 0 {
+            return dots;
+        }
+        // SAFETY: the contract of this file: the first token has this block.
+        unsafe { vmlsq_s32(dots, vld1q_dup_s32(self.sums.add(b)), vdupq_n_s32(F::OFFSET)) }
+    }
+
+    /// `acc + (d d_x) dots [+ m s_x]`
     #[inline(always)]
     unsafe fn add<F: Blocks32>(
         &self,
-        block: usize,
+        (t, b): (usize, usize),
         acc: float32x4_t,
-        mut dots: int32x4_t,
+        dots: int32x4_t,
         d: float32x4_t,
         m: float32x4_t,
     ) -> float32x4_t {
+        let at = t * self.blocks + b;
         // SAFETY: the contract of this file: the token has this block.
         unsafe {
-            if F::OFFSET != 0 {
-                let sum = vld1q_dup_s32(self.sums.add(block));
-                dots = vmlsq_s32(dots, sum, vdupq_n_s32(F::OFFSET));
-            }
-            let d = vmulq_f32(d, vld1q_dup_f32(self.scales.add(block)));
+            let d = vmulq_f32(d, vld1q_dup_f32(self.scales.add(at)));
             let acc = vfmaq_f32(acc, d, vcvtq_f32_s32(dots));
             if F::HAS_MIN {
-                vfmaq_f32(acc, m, vld1q_dup_f32(self.scaled_sums.add(block)))
+                vfmaq_f32(acc, m, vld1q_dup_f32(self.scaled_sums.add(at)))
             } else {
                 acc
             }
@@ -305,20 +321,21 @@ unsafe fn one_token<D: IntDot, F: Blocks32>(
     rows: [*const F::Block; 4],
     token: usize,
 ) -> Tile<1> {
-    let x = Token::new(piece.x, token);
+    let x = Tokens::new(piece.x, token);
     // SAFETY: the contract of this file: rows and token have `cols / 32` blocks.
     unsafe {
         let mut acc = vdupq_n_f32(0.0);
-        for b in 0..piece.x.cols() / 32 {
+        for b in 0..x.blocks {
             let blocks = rows.map(|row| row.add(b));
-            let levels = x.levels(b);
+            let levels = x.levels(0, b);
             let dots = sums_of_rows([
                 D::dot32::<F>(F::unpack(blocks[0]), levels),
                 D::dot32::<F>(F::unpack(blocks[1]), levels),
                 D::dot32::<F>(F::unpack(blocks[2]), levels),
                 D::dot32::<F>(F::unpack(blocks[3]), levels),
             ]);
-            acc = x.add::<F>(b, acc, dots, F::d(blocks), F::m(blocks));
+            let dots = x.without_offset::<F>(b, dots);
+            acc = x.add::<F>((0, b), acc, dots, F::d(blocks), F::m(blocks));
         }
         Tile([acc])
     }
@@ -330,18 +347,18 @@ unsafe fn tile<D: IntDot, F: Blocks32, const T: usize>(
     rows: [*const F::Block; 4],
     token: usize,
 ) -> Tile<T> {
-    let x: [Token; T] = std::array::from_fn(|t| Token::new(piece.x, token + t));
+    let x = Tokens::new(piece.x, token);
     // SAFETY: the contract of this file: rows and tokens have `cols / 32` blocks.
     unsafe {
         let mut acc = [vdupq_n_f32(0.0); T];
-        for b in 0..piece.x.cols() / 32 {
+        for b in 0..x.blocks {
             let blocks = rows.map(|row| row.add(b));
             let weights = F::unpack_rows(blocks);
             let (d, m) = (F::d(blocks), F::m(blocks));
-            for (x, acc) in x.iter().zip(&mut acc) {
-                let dots = D::tile32::<F>(&weights, x.levels(b));
-                *acc = x.add::<F>(b, *acc, dots, d, m);
-            }
+            unrolled!(T, |t| {
+                let dots = D::tile32::<F>(&weights, x.levels(t, b));
+                acc[t] = x.add::<F>((t, b), acc[t], dots, d, m);
+            });
         }
         Tile(acc)
     }

@@ -193,6 +193,23 @@ impl IntDot for Widening {
     }
 }
 
+/// `unrolled!(T, |t| body)`: the body for t in 0..T, T at most 8, each t a constant, so that arrays it indexes stay
+/// in registers. (LLVM leaves a loop of this size rolled, and the sums in memory.)
+macro_rules! unrolled {
+    ($count:expr, |$t:ident| $body:expr) => {
+        unrolled!(@ $count, $t, $body, 0 1 2 3 4 5 6 7)
+    };
+    (@ $count:expr, $t:ident, $body:expr, $($at:literal)*) => {
+        $(
+            if $at < $count {
+                let $t: usize = $at;
+                $body
+            }
+        )*
+    };
+}
+pub(super) use unrolled;
+
 /// Interleaves 16 bytes of four rows, four bytes at a time.
 #[inline(always)]
 pub(super) unsafe fn interleave(rows: [uint8x16_t; 4]) -> [uint8x16_t; 4] {
@@ -212,7 +229,7 @@ pub(super) unsafe fn interleave(rows: [uint8x16_t; 4]) -> [uint8x16_t; 4] {
     }
 }
 
-/// Lane r = the sum of the lanes of `rows[r]`.
+/// Lane i = the sum of the lanes of `rows[i]`.
 #[inline(always)]
 pub(super) unsafe fn sums_of_rows(rows: [int32x4_t; 4]) -> int32x4_t {
     // SAFETY: NEON belongs to every aarch64 processor.

@@ -224,7 +224,9 @@ unsafe fn weigh<L: Lanes>(
         // The masked keys weigh 1.2e-38 each, less than half a unit in the last place of any sum that holds
         // the largest key (which weighs 1 in the block where it stands).
         scores[seen..].fill(0.0);
-        let correction = if raised == *largest { 1.0 } else { (*largest - raised).exp() };
+        // Of the first block it is exp(-87) instead of 0, and multiplies zeros.
+        let correction =
+            if raised == *largest { 1.0 } else { L::splat(*largest - raised).exp().largest() };
         *largest = raised;
         *sum = *sum * correction + sums.sum();
         correction
