@@ -4,5 +4,6 @@ mod doubles;
 mod http;
 mod mqtt;
 mod rest;
+mod smollm2;
 mod tidy;
 mod tokenizers;
