@@ -5,10 +5,13 @@
 //! the team. Every timed product is checked against the scalar reference of the same rows.
 
 use std::hint::black_box;
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering::Relaxed};
 
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 use scoutd_kernels::quantize::quantize_row;
-use scoutd_kernels::{Activations, Format, Isa, Kernels, Matrix, Precision, Team, matmul};
+use scoutd_kernels::{
+    Activations, Format, Isa, Kernels, Matrix, Precision, Team, matmul, matmul_many,
+};
 
 /// Columns of the matrices: the width of a model of one billion parameters.
 const COLS: usize = 2048;
@@ -82,11 +85,11 @@ fn stream(c: &mut Criterion) {
     group.bench_function("streaming read", |b| {
         b.iter(|| {
             let parts = team.parts();
-            let sums: Vec<_> = (0..parts).map(|_| std::sync::atomic::AtomicU64::new(0)).collect();
+            let sums: Vec<_> = (0..parts).map(|_| AtomicU64::new(0)).collect();
             team.run(&|part| {
                 let share = words.len() / parts;
                 let sum: u64 = words[part * share..(part + 1) * share].iter().sum();
-                sums[part].store(sum, std::sync::atomic::Ordering::Relaxed);
+                sums[part].store(sum, Relaxed);
             });
             let sum: u64 = sums.into_iter().map(|sum| sum.into_inner()).sum();
             assert_eq!(sum, (words.len() / parts * parts) as u64);
@@ -135,7 +138,7 @@ fn prefill(c: &mut Criterion) {
     group.finish();
 }
 
-/// What a product of a small model costs beyond its work: 192 x 64 is done by the caller alone, the other by the team.
+/// What a product of a small model costs beyond its work: the first is done by the caller alone, the other by the team.
 fn small(c: &mut Criterion) {
     let mut team = Team::new(threads());
     let kernels = Kernels::detect();
@@ -157,11 +160,110 @@ fn small(c: &mut Criterion) {
     group.finish();
 }
 
+/// A job that does nothing: what waking the team and waiting for it costs.
+fn team(c: &mut Criterion) {
+    let mut team = Team::new(threads().max(2));
+    let calls = AtomicUsize::new(0);
+    let mut runs = 0;
+    c.bench_function("team/empty job", |b| {
+        b.iter(|| {
+            runs += 1;
+            team.run(&|_| {
+                calls.fetch_add(1, Relaxed);
+            });
+        });
+    });
+    assert_eq!(calls.into_inner(), runs * team.parts());
+}
+
+/// All products of a token of SmolLM2-135M in its own formats (Q4_1, head Q8_0).
+struct SmallModel {
+    layer: Vec<(usize, usize, Vec<u8>)>,
+    head: Vec<u8>,
+}
+
+impl SmallModel {
+    const HIDDEN: usize = 576;
+    const FEED_FORWARD: usize = 1536;
+    const VOCABULARY: usize = 49_152;
+    const LAYERS: usize = 30;
+
+    fn new() -> SmallModel {
+        let (hidden, wide) = (Self::HIDDEN, Self::FEED_FORWARD);
+        let shapes = [
+            (hidden, hidden),
+            (192, hidden),
+            (192, hidden),
+            (hidden, hidden),
+            (wide, hidden),
+            (wide, hidden),
+            (hidden, wide),
+        ];
+        // Each layer has weights of its own, as in a model they come from memory.
+        let layer = (0..Self::LAYERS).flat_map(|_| shapes).map(|(rows, cols)| {
+            let mut bytes = vec![0; Format::Q4_1.row_bytes(rows * cols).expect("whole blocks")];
+            quantize_row(Format::Q4_1, &noise(rows * cols), &mut bytes);
+            (rows, cols, bytes)
+        });
+        let len = Self::VOCABULARY * hidden;
+        let mut head = vec![0; Format::Q8_0.row_bytes(len).expect("whole blocks")];
+        quantize_row(Format::Q8_0, &noise(len), &mut head);
+        SmallModel { layer: layer.collect(), head }
+    }
+
+    /// The products of `tokens` tokens; logits of one.
+    fn run(&self, team: &mut Team, kernels: &Kernels, x: &mut Activations, tokens: usize) -> f32 {
+        let input = noise(tokens * Self::FEED_FORWARD);
+        let (narrow, wide) = (&input[..tokens * Self::HIDDEN], &input[..]);
+        let mut out = [(); 3].map(|()| vec![0.0; tokens * Self::FEED_FORWARD]);
+        let form = Format::Q4_1.activation_form(Precision::Int8);
+        for layer in self.layer.chunks(7) {
+            for some in [&layer[..3], &layer[3..4], &layer[4..6], &layer[6..]] {
+                let cols = some[0].1;
+                x.fill(kernels, form, if cols == Self::HIDDEN { narrow } else { wide }, cols);
+                let mut products: Vec<(Matrix<'_>, &mut [f32])> = some
+                    .iter()
+                    .zip(&mut out)
+                    .map(|((rows, cols, bytes), out)| {
+                        let matrix = Matrix::new(Format::Q4_1, *rows, *cols, bytes);
+                        (matrix.expect("a matrix"), &mut out[..tokens * rows])
+                    })
+                    .collect();
+                matmul_many(team, kernels, &mut products, x);
+            }
+        }
+        let head = Matrix::new(Format::Q8_0, Self::VOCABULARY, Self::HIDDEN, &self.head);
+        let mut logits = vec![0.0; Self::VOCABULARY];
+        x.fill(kernels, form, &input[..Self::HIDDEN], Self::HIDDEN);
+        matmul(team, kernels, &head.expect("a matrix"), x, &mut logits);
+        logits[0] + out[0][0]
+    }
+}
+
+fn model(c: &mut Criterion) {
+    let mut team = Team::new(threads());
+    let mut group = c.benchmark_group("SmolLM2-135M products");
+    let model = SmallModel::new();
+    let mut x = Activations::new();
+    for tokens in [1, 128] {
+        let scalar = Kernels::with_isa(Isa::Scalar).expect("everywhere");
+        let expected = model.run(&mut team, &scalar, &mut x, tokens);
+        group.throughput(Throughput::Elements(tokens as u64));
+        for isa in Isa::available().filter(|isa| *isa != Isa::Scalar) {
+            let kernels = Kernels::with_isa(isa).expect("available");
+            group.bench_function(BenchmarkId::new(format!("{tokens} tokens"), isa), |b| {
+                b.iter(|| assert_eq!(model.run(&mut team, &kernels, &mut x, tokens), expected));
+            });
+        }
+    }
+    group.finish();
+}
+
 criterion_group! {
     name = products;
     config = Criterion::default().sample_size(10)
         .warm_up_time(std::time::Duration::from_millis(200))
         .measurement_time(std::time::Duration::from_millis(800));
-    targets = stream, decode, prefill, small
+    targets = stream, decode, prefill, small, team, model
 }
 criterion_main!(products);
