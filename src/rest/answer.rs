@@ -4,7 +4,6 @@ use std::collections::VecDeque;
 use std::convert::Infallible;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::pin::Pin;
-use std::sync::Arc;
 use std::task::{Context, Poll, ready};
 use std::time::{Duration, SystemTime};
 
@@ -12,19 +11,17 @@ use actix_web::body::{BodySize, MessageBody};
 use actix_web::web::Bytes;
 use tokio::time::{Instant, Sleep};
 
-use super::Shared;
 use super::active::{Active, ActiveGuard};
+use super::error::Problem;
 use crate::chat::{
-    Backend, ChatError, ChatEvent, ChatRequest, ChatStream, FinishReason, Reply, ReplyBuilder,
-    Router,
+    Backend, ChatError, ChatEvent, ChatRequest, ChatStream, Reply, ReplyBuilder, Router,
 };
-use crate::metrics::Metrics;
 use crate::wire::StreamWriter;
 
 /// What a handler of an endpoint that answers comes back with.
 pub(super) enum Answer {
-    /// One JSON object, and how the answer ended.
-    Whole(Vec<u8>, &'static str),
+    /// One JSON object.
+    Whole(Vec<u8>),
     /// Events as they come.
     Stream(Box<EventBody>),
 }
@@ -58,7 +55,7 @@ impl Jobs {
     }
 
     /// The events that are there when the first one is: if any of them is a refusal, that is the answer.
-    pub(super) async fn first(&mut self) -> Result<VecDeque<(usize, ChatEvent)>, ChatError> {
+    pub(super) async fn first(&mut self) -> Result<VecDeque<(usize, ChatEvent)>, Problem> {
         let mut events = VecDeque::new();
         std::future::poll_fn(|context| {
             for _ in 0..self.running.len() {
@@ -70,24 +67,28 @@ impl Jobs {
             }
             if events.is_empty() { Poll::Pending } else { Poll::Ready(Ok(())) }
         })
-        .await?;
+        .await
+        .map_err(Problem::of_backend)?;
         Ok(events)
     }
 
     /// Reads to the end; the replies in the order of the choices.
-    pub(super) async fn collect(mut self) -> Result<Vec<Reply>, ChatError> {
+    pub(super) async fn collect(mut self) -> Result<Vec<Reply>, Problem> {
         let mut builders: Vec<_> = (0..self.choices).map(|_| ReplyBuilder::default()).collect();
         let mut replies = vec![None; self.choices];
         while let Some((index, event)) =
             std::future::poll_fn(|context| self.poll_next(context)).await
         {
-            if let Some(reply) = builders[index].add(event?) {
+            if let Some(reply) = builders[index].add(event.map_err(Problem::of_backend)?) {
                 replies[index] = Some(reply);
             }
         }
         replies
             .into_iter()
-            .map(|reply| reply.ok_or_else(|| ChatError::Internal("a choice is missing".to_owned())))
+            .map(|reply| {
+                let missing = || ChatError::Internal("a choice is missing".to_owned());
+                reply.ok_or_else(|| missing().into())
+            })
             .collect()
     }
 
@@ -137,7 +138,7 @@ pub(super) struct EventBody {
     silent: bool,
     cut: Pin<Box<dyn Future<Output = ()> + Send>>,
     ended: bool,
-    tally: Option<Tally>,
+    _active: Option<ActiveGuard>,
 }
 
 /// Bytes gathered before they are handed on, if more events are there already.
@@ -158,7 +159,7 @@ impl EventBody {
             first,
             silent: true,
             ended: false,
-            tally: None,
+            _active: None,
         }
     }
 
@@ -167,9 +168,9 @@ impl EventBody {
         self.writer.content_type()
     }
 
-    /// Counts this answer's end.
-    pub(super) fn tallied(mut self, tally: Tally) -> EventBody {
-        self.tally = Some(tally);
+    /// The answer is under way until the body falls.
+    pub(super) fn holding(mut self, active: ActiveGuard) -> EventBody {
+        self._active = Some(active);
         self
     }
 
@@ -195,11 +196,6 @@ impl EventBody {
 
     fn event(&mut self, index: usize, event: ChatEvent, out: &mut Vec<u8>) {
         self.silent &= matches!(event, ChatEvent::Accepted { .. } | ChatEvent::Prompt(_));
-        if let ChatEvent::Done(completion) = &event
-            && let Some(tally) = &mut self.tally
-        {
-            tally.note(finish_reason(completion.finish));
-        }
         self.writer.event(index, event, SystemTime::now(), out);
     }
 
@@ -208,9 +204,6 @@ impl EventBody {
             log::error!(target: "rest", text; "internal error");
         }
         self.writer.error(error, out);
-        if let Some(tally) = &mut self.tally {
-            tally.note(error.code());
-        }
         self.ended = true;
     }
 
@@ -260,45 +253,14 @@ impl MessageBody for EventBody {
     }
 }
 
-/// Counts one request's end, whatever it is: an answer that is dropped unfinished was cancelled.
-pub(super) struct Tally {
-    metrics: Arc<Metrics>,
-    reason: Option<&'static str>,
-    _active: ActiveGuard,
-}
-
-impl Tally {
-    pub(super) fn new(shared: &Shared) -> Tally {
-        Tally { metrics: Arc::clone(&shared.metrics), reason: None, _active: shared.active.enter() }
-    }
-
-    /// Notes how it ends.
-    pub(super) fn note(&mut self, reason: &'static str) {
-        self.reason = Some(reason);
-    }
-}
-
-impl Drop for Tally {
-    fn drop(&mut self) {
-        let reason = self.reason.unwrap_or("cancelled");
-        self.metrics.requests.with_label_values(&["rest", reason]).inc();
-    }
-}
-
-/// An ending's name in metrics.
-pub(super) fn finish_reason(finish: FinishReason) -> &'static str {
-    match finish {
-        FinishReason::Deadline => "deadline",
-        FinishReason::Length => "length",
-        FinishReason::Stop => "stop",
-        FinishReason::ToolCalls => "tool_calls",
-    }
-}
-
 #[cfg(test)]
 mod tests {
+    use std::sync::Arc;
+
     use super::*;
-    use crate::chat::{ChatSender, Completion, Input, ModelCard, Origin, Timings, Usage};
+    use crate::chat::{
+        ChatSender, Completion, FinishReason, Input, ModelCard, Origin, Timings, Usage,
+    };
     use crate::wire::ollama::{LineWriter, Shape};
     use crate::wire::openai::{ChatWriter, Head};
 

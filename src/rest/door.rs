@@ -14,7 +14,7 @@ use actix_web::http::header::{
 use actix_web::web::{Data, Payload};
 use actix_web::{HttpRequest, HttpResponse};
 
-use super::answer::{Answer, Tally};
+use super::answer::Answer;
 use super::body::Body;
 use super::error::Problem;
 use super::guard::Provenance;
@@ -111,21 +111,27 @@ async fn answer(
         | Endpoint::Completions
         | Endpoint::OllamaChat
         | Endpoint::OllamaGenerate => {
-            let tally = Tally::new(shared);
             let caller = caller()?;
-            work(&route.endpoint, shared, caller, read(), tally).await
+            let worked = work(&route.endpoint, shared, caller, read()).await;
+            if let Err(problem) = &worked
+                && problem.is_the_doors()
+            {
+                let reason = problem.reason();
+                shared.metrics.requests.with_label_values(&["rest", reason]).inc();
+            }
+            worked
         }
     }
 }
 
-/// Runs an endpoint that answers, and counts how that ended.
+/// Runs an endpoint that answers.
 async fn work(
     endpoint: &Endpoint,
     shared: &Shared,
     caller: Caller,
     body: impl Future<Output = Result<Body, Problem>>,
-    mut tally: Tally,
 ) -> Result<HttpResponse, Problem> {
+    let active = shared.active.enter();
     let answer = async {
         let body = body.await?;
         check_ready(shared)?;
@@ -140,22 +146,15 @@ async fn work(
         answer = answer => answer,
         () = shared.active.until_cut() => Err(draining().into()),
     };
-    match answer {
-        Ok(Answer::Whole(bytes, reason)) => {
-            tally.note(reason);
-            Ok(json(bytes))
-        }
-        Ok(Answer::Stream(body)) => Ok(HttpResponse::Ok()
+    match answer? {
+        Answer::Whole(bytes) => Ok(json(bytes)),
+        Answer::Stream(body) => Ok(HttpResponse::Ok()
             .insert_header((CONTENT_TYPE, body.content_type()))
             .insert_header((CACHE_CONTROL, "no-cache"))
             .insert_header(("x-accel-buffering", "no"))
-            .message_body(body.tallied(tally))
+            .message_body(body.holding(active))
             .expect("constant headers are valid")
             .map_into_boxed_body()),
-        Err(problem) => {
-            tally.note(problem.reason());
-            Err(problem)
-        }
     }
 }
 

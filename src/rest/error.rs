@@ -30,6 +30,8 @@ pub(super) struct Problem {
     closes: bool,
     /// One word for metrics.
     reason: &'static str,
+    /// Whoever said no has counted it.
+    counted: bool,
 }
 
 impl Problem {
@@ -42,6 +44,7 @@ impl Problem {
             allow: None,
             closes: false,
             reason: "invalid",
+            counted: false,
         }
     }
 
@@ -141,6 +144,16 @@ impl Problem {
         self
     }
 
+    /// A refusal that comes from the backend, which counts its own.
+    pub(super) fn of_backend(error: ChatError) -> Problem {
+        Problem { counted: true, ..Problem::from(error) }
+    }
+
+    /// Whether the door has to count it.
+    pub(super) fn is_the_doors(&self) -> bool {
+        !self.counted
+    }
+
     /// One word for metrics.
     pub(super) fn reason(&self) -> &'static str {
         self.reason
@@ -191,6 +204,7 @@ impl From<ChatError> for Problem {
             allow: None,
             closes: false,
             reason: error.code(),
+            counted: false,
             body: Box::new(ErrorBody::from(&error)),
         }
     }

@@ -5,7 +5,7 @@ use std::time::SystemTime;
 use actix_web::HttpResponse;
 
 use super::Shared;
-use super::answer::{Answer, EventBody, Jobs, finish_reason};
+use super::answer::{Answer, EventBody, Jobs};
 use super::body::Body;
 use super::door::json;
 use super::error::Problem;
@@ -77,13 +77,11 @@ async fn run(
     }
     let mut replies = jobs.collect().await?;
     let reply = replies.pop().ok_or_else(|| ChatError::Internal("no reply".to_owned()))?;
-    let reason = finish_reason(reply.completion.finish);
-    Ok(Answer::Whole(ollama::reply(writer, &reply, SystemTime::now()), reason))
+    Ok(Answer::Whole(ollama::reply(writer, &reply, SystemTime::now())))
 }
 
 fn loaded(writer: &LineWriter, unload: bool) -> Answer {
-    let reason = if unload { "unload" } else { "load" };
-    Answer::Whole(ollama::loaded(writer, unload, SystemTime::now()), reason)
+    Answer::Whole(ollama::loaded(writer, unload, SystemTime::now()))
 }
 
 /// The name as the client wrote it, which its code may compare; the default model's if it wrote none.

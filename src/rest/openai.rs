@@ -8,7 +8,7 @@ use actix_web::http::header::CONTENT_TYPE;
 use actix_web::web;
 
 use super::Shared;
-use super::answer::{Answer, EventBody, Jobs, finish_reason};
+use super::answer::{Answer, EventBody, Jobs};
 use super::body::Body;
 use super::door::json;
 use super::error::Problem;
@@ -42,8 +42,7 @@ pub(super) async fn chat(shared: &Shared, caller: Caller, body: Body) -> Result<
         return Ok(Answer::Stream(Box::new(body)));
     }
     let replies = jobs.collect().await?;
-    let reason = replies.first().map_or("stop", |reply| finish_reason(reply.completion.finish));
-    Ok(Answer::Whole(chat_reply(&head, &replies, logprobs), reason))
+    Ok(Answer::Whole(chat_reply(&head, &replies, logprobs)))
 }
 
 /// `/v1/completions`.
@@ -70,8 +69,7 @@ pub(super) async fn completions(
         return Ok(Answer::Stream(Box::new(body)));
     }
     let replies = jobs.collect().await?;
-    let reason = replies.first().map_or("stop", |reply| finish_reason(reply.completion.finish));
-    Ok(Answer::Whole(completion_reply(&head, &replies, &echoes, logprobs), reason))
+    Ok(Answer::Whole(completion_reply(&head, &replies, &echoes, logprobs)))
 }
 
 /// `/v1/models`.

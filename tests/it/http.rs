@@ -92,8 +92,8 @@ impl Server {
         self.request("POST", path, &[], body)
     }
 
-    /// How many requests ended for `reason`.
-    pub(crate) fn ended(&self, reason: &str) -> u64 {
+    /// How many requests the door itself refused for `reason`.
+    pub(crate) fn refused(&self, reason: &str) -> u64 {
         self.metrics.requests.with_label_values(&["rest", reason]).get()
     }
 }

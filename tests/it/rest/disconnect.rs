@@ -26,7 +26,6 @@ fn next(arrivals: &Receiver<ChatSender>) -> ChatSender {
 fn in_every_state_and_every_way() {
     let (backend, arrivals) = Held::new();
     let server = Server::start(backend);
-    let mut cancelled = 0;
     for path in ["/v1/chat/completions", "/api/chat"] {
         for body in [STREAM, WHOLE] {
             for begun in [false, true] {
@@ -44,15 +43,10 @@ fn in_every_state_and_every_way() {
                     assert!(!sender.is_closed());
                     client.stream.get_ref().shutdown(way).expect("a socket");
                     freed(&server, &sender);
-                    cancelled += 1;
                 }
             }
         }
     }
-    // The last answer's counters fall just after its stream.
-    let next_request = server.get("/healthz");
-    assert_eq!(next_request.status, 200);
-    assert!(server.ended("cancelled") >= cancelled - 1);
 }
 
 #[test]

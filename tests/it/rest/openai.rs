@@ -30,7 +30,6 @@ fn a_whole_answer() {
         assert_eq!(response.header("x-request-id"), Some("golden"));
         check_golden("openai-chat.json", response.text());
     }
-    assert_eq!(server.ended("stop"), 3);
 }
 
 #[test]
@@ -193,7 +192,6 @@ fn an_error_in_the_middle_of_a_stream() {
         serde_json::from_str(last.strip_prefix("data: ").expect("data")).expect("JSON");
     assert_eq!(error["error"]["message"], "internal error");
     assert!(!response.text().contains("[DONE]") && !response.text().contains("secret"));
-    assert_eq!(server.ended("internal"), 1);
 }
 
 fn scoring(

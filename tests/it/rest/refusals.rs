@@ -76,7 +76,7 @@ fn a_backends_refusal_sets_status_and_body() {
         }
         let response = server.post("/api/chat", OPENAI);
         assert_eq!((response.status, response.json()), (ollama_status, json!({ "error": text })));
-        assert_eq!(server.ended(error.code()), 3, "{error}");
+        assert_eq!(server.refused(error.code()), 0, "the engine counts its own");
     }
 }
 
@@ -164,14 +164,16 @@ fn bad_requests_name_the_field() {
         ),
         ("/api/generate", r#"{"prompt":"x","images":["aGk="]}"#.to_owned(), "images"),
     ];
-    for (path, body, expected) in cases {
-        let response = server.post(path, &body);
+    for (path, body, expected) in &cases {
+        let response = server.post(path, body);
         assert_eq!(response.status, 400, "{path} {body}: {}", response.text());
         let error = &response.json()["error"];
         let message = error.as_str().or(error["message"].as_str()).expect("a message");
         assert!(message.contains(expected), "{path} {body}: {message}");
         assert_eq!(error.is_string(), path.starts_with("/api/"), "{path}");
     }
+    let counted = server.refused("invalid") + server.refused("not_supported");
+    assert_eq!(counted, cases.len() as u64);
     let parts = r#"{"messages":[{"role":"user","content":[{"type":"image_url","image_url":{"url":"http://10.0.0.1/"}}]}]}"#;
     assert_eq!(server.post("/v1/chat/completions", parts).status, 501);
     assert_eq!(server.post("/v1/completions", r#"{"prompt":"a","suffix":"b"}"#).status, 501);
