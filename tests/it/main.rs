@@ -1,6 +1,7 @@
 //! The integration tests: one binary against the library and the real server.
 
 mod doubles;
+mod engine;
 mod http;
 mod mqtt;
 mod rest;

@@ -80,7 +80,7 @@ const RESERVED: &[(&str, &[&str], &str)] = &[
     ("env::args", &["cli"], "only `cli` reads arguments"),
     ("StatusCode", &["rest"], "only `rest` knows status codes"),
     ("HttpResponse", &["rest"], "only `rest` speaks HTTP"),
-    ("mlock", &["residency"], "only `residency` locks pages"),
+    ("mlock(", &["residency"], "only `residency` locks pages"),
     (".advise(", &["residency"], "only `residency` advises the kernel about pages"),
     ("println!", &["cli"], "only `cli` prints"),
 ];
