@@ -4,8 +4,9 @@ use std::io;
 
 use jiff::ZonedDateTime;
 use minijinja::syntax::SyntaxConfig;
-use minijinja::value::Serde;
+use minijinja::value::{Serde, ValueKind};
 use minijinja::{Environment, Error, ErrorKind, Value};
+use regex::{Captures, Regex};
 use serde_json::Map;
 
 use super::{TemplateError, json};
@@ -22,13 +23,31 @@ pub(super) fn new(source: &str) -> Result<Environment<'static>, TemplateError> {
     environment.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
     environment.set_recursion_limit(RECURSION_MAX);
     environment.add_filter("tojson", json::tojson);
+    // In Python `none` is not iterable; templates ask before they take a length.
+    environment.add_test("iterable", |value: &Value| {
+        matches!(
+            value.kind(),
+            ValueKind::Iterable | ValueKind::Map | ValueKind::Seq | ValueKind::String
+        )
+    });
     environment.add_function("raise_exception", |message: String| -> Result<Value, Error> {
         Err(Error::new(ErrorKind::InvalidOperation, "raised").with_source(Raised(message)))
     });
     environment
-        .add_template_owned(NAME, source.to_owned())
+        .add_template_owned(NAME, without_generation_tags(source))
         .map_err(|error| TemplateError::Syntax(describe(&error)))?;
     Ok(environment)
+}
+
+/// `{% generation %}` of `transformers` marks what the assistant said, for training, and writes nothing. It is
+/// no Jinja: `if true` takes its place.
+fn without_generation_tags(source: &str) -> String {
+    let tag = Regex::new(r"(\{%-?\s*)(end)?generation(\s*-?%\})").expect("a constant");
+    let replace = |found: &Captures<'_>| {
+        let word = if found.get(2).is_some() { "endif" } else { "if true" };
+        format!("{}{word}{}", &found[1], &found[3])
+    };
+    tag.replace_all(source, replace).into_owned()
 }
 
 /// Renders the template with these variables.

@@ -63,8 +63,8 @@ pub(super) fn find(template: &ChatTemplate) -> Habits {
         tool_name: Some("f".to_owned()),
         ..Message::text(Role::Tool, PROBE)
     };
-    let tool = || Tool {
-        name: PROBE.to_owned(),
+    let tool_of = |name: &str| Tool {
+        name: name.to_owned(),
         description: Some("d".to_owned()),
         parameters: Some(json!({"type": "object", "properties": {}})),
     };
@@ -72,11 +72,16 @@ pub(super) fn find(template: &ChatTemplate) -> Habits {
         render(template, messages, tools).is_some_and(|text| text.contains(PROBE))
     };
     let system = [Message::text(Role::System, PROBE), user()];
+    // Some templates write a call only once it is answered, or only beside tools.
+    let mut answered = result();
+    answered.content = "done".to_owned();
     let mut called = call();
     called.tool_calls[0].name = "f".to_owned();
     Habits {
-        lists_tools: shows(&[user()], &[tool()]),
-        writes_calls: shows(&[user(), call()], &[]),
+        lists_tools: shows(&[user()], &[tool_of(PROBE)]),
+        writes_calls: shows(&[user(), call()], &[])
+            || shows(&[user(), call(), answered], &[])
+            || shows(&[user(), call()], &[tool_of("f")]),
         writes_system: shows(&system, &[]),
         result_role: result_role(template, &[user(), called, result()]),
         call_shape: if template.tokenizer().control("<|im_start|>").is_some() {

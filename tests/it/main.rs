@@ -6,5 +6,6 @@ mod http;
 mod mqtt;
 mod rest;
 mod smollm2;
+mod templates;
 mod tidy;
 mod tokenizers;
