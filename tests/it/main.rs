@@ -6,6 +6,7 @@ mod http;
 mod mqtt;
 mod rest;
 mod smollm2;
+mod smollm2_text;
 mod templates;
 mod tidy;
 mod tokenizers;

@@ -19,10 +19,10 @@ from llama_models.llama4.tokenizer import Tokenizer as Llama4
 from texts import FIXED, texts
 
 
-def write(folder, name, seed, bytes_wanted, encode, can_parse):
+def write(folder, name, seed, bytes_wanted, encode, can_parse, more=()):
     count = size = 0
     with open(folder / f"{name}.jsonl", "w", encoding="utf-8") as out:
-        for text, raw in [(text, None) for text in FIXED] + list(texts(seed, bytes_wanted)):
+        for text, raw in [(text, None) for text in [*FIXED, *more]] + list(texts(seed, bytes_wanted)):
             for parse in [False, True] if can_parse else [False]:
                 case = {"parse": parse, "ids": encode(text, parse)}
                 case.update({"text": text} if raw is None else {"base64": base64.b64encode(raw).decode()})
@@ -41,7 +41,10 @@ def tiktoken_cases(folder, name, tokenizer, seed, bytes_wanted):
             return model.encode(text, allowed_special="all")
         return model.encode(text, allowed_special=set(), disallowed_special=())
 
-    write(folder, name, seed, bytes_wanted, encode, True)
+    # Tokens as texts of their own: Llama 3 has 588 that merging alone does not reach.
+    single = [model.decode_single_token_bytes(token) for token in range(0, model.max_token_value - 3000, 29)]
+    single = [token.decode() for token in single if token.decode("utf-8", "ignore").encode() == token]
+    write(folder, name, seed, bytes_wanted, encode, True, [*single, " việc", " jeho"])
 
 
 def sentencepiece_cases(folder, bytes_wanted):
