@@ -11,7 +11,7 @@ use actix_web::body::{BodySize, MessageBody};
 use actix_web::web::Bytes;
 use tokio::time::{Instant, Sleep};
 
-use super::active::{Active, ActiveGuard};
+use super::active::ActiveGuard;
 use super::error::Problem;
 use crate::chat::{
     Backend, ChatError, ChatEvent, ChatRequest, ChatStream, Reply, ReplyBuilder, Router,
@@ -136,9 +136,17 @@ pub(super) struct EventBody {
     heartbeat: Pin<Box<Sleep>>,
     /// Nothing of substance has come yet.
     silent: bool,
-    cut: Pin<Box<dyn Future<Output = ()> + Send>>,
+    cut: Pin<Box<dyn Future<Output = bool> + Send>>,
     ended: bool,
     _active: Option<ActiveGuard>,
+}
+
+/// Why an answer ends that was told to.
+pub(super) fn cut_short(replaced: bool) -> ChatError {
+    match replaced {
+        true => ChatError::Cancelled,
+        false => ChatError::Draining { retry_after: Duration::from_secs(5) },
+    }
 }
 
 /// Bytes gathered before they are handed on, if more events are there already.
@@ -146,7 +154,7 @@ const PIECE_BYTES: usize = 8 * 1024;
 
 impl EventBody {
     pub(super) fn new(
-        active: &Active,
+        active: &ActiveGuard,
         jobs: Jobs,
         first: VecDeque<(usize, ChatEvent)>,
         writer: Box<dyn StreamWriter>,
@@ -210,9 +218,11 @@ impl EventBody {
     fn poll_piece(&mut self, context: &mut Context<'_>) -> Poll<Option<Bytes>> {
         let mut out = Vec::new();
         self.gather(context, &mut out);
-        if out.is_empty() && !self.ended && self.cut.as_mut().poll(context).is_ready() {
-            let error = ChatError::Draining { retry_after: Duration::from_secs(5) };
-            self.fail(&error, &mut out);
+        if out.is_empty()
+            && !self.ended
+            && let Poll::Ready(replaced) = self.cut.as_mut().poll(context)
+        {
+            self.fail(&cut_short(replaced), &mut out);
         }
         if out.is_empty() && !self.ended && self.silent {
             ready!(self.heartbeat.as_mut().poll(context));
@@ -257,6 +267,7 @@ impl MessageBody for EventBody {
 mod tests {
     use std::sync::Arc;
 
+    use super::super::active::Active;
     use super::*;
     use crate::chat::{
         ChatSender, Completion, FinishReason, Input, ModelCard, Origin, Timings, Usage,
@@ -305,7 +316,8 @@ mod tests {
         let accepted = ChatEvent::Accepted { position: 1, predicted_first_token: None };
         sender.send(Ok(accepted)).await.expect("read");
         let first = jobs.first().await.expect("accepted");
-        (sender, EventBody::new(&Active::default(), jobs, first, writer))
+        let active = Arc::new(Active::default()).enter();
+        (sender, EventBody::new(&active, jobs, first, writer))
     }
 
     async fn piece(body: &mut EventBody) -> Option<String> {

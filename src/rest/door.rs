@@ -14,13 +14,13 @@ use actix_web::http::header::{
 use actix_web::web::{Data, Payload};
 use actix_web::{HttpRequest, HttpResponse};
 
-use super::answer::Answer;
+use super::answer::{Answer, cut_short};
 use super::body::Body;
 use super::error::Problem;
 use super::guard::Provenance;
 use super::keys::Denied;
 use super::routes::{Endpoint, Route};
-use super::{Shared, body, keys, ollama, openai, routes};
+use super::{Shared, active, body, keys, ollama, openai, routes};
 use crate::chat::{ChatError, Limits, Origin, RequestId};
 use crate::wire::Caller;
 
@@ -112,7 +112,7 @@ async fn answer(
         | Endpoint::OllamaChat
         | Endpoint::OllamaGenerate => {
             let caller = caller()?;
-            let worked = work(&route.endpoint, shared, caller, read()).await;
+            let worked = work(&route.endpoint, request, shared, caller, read()).await;
             if let Err(problem) = &worked
                 && problem.is_the_doors()
             {
@@ -127,24 +127,29 @@ async fn answer(
 /// Runs an endpoint that answers.
 async fn work(
     endpoint: &Endpoint,
+    request: &HttpRequest,
     shared: &Shared,
     caller: Caller,
     body: impl Future<Output = Result<Body, Problem>>,
 ) -> Result<HttpResponse, Problem> {
-    let active = shared.active.enter();
+    let mut active = shared.active.enter();
+    let body = body.await?;
+    check_ready(shared)?;
+    if let Some(asked) = active::fingerprint(&caller.client, request.path(), &body.bytes) {
+        active.note(asked, is_retry(request));
+    }
+    let cut = active.until_cut();
     let answer = async {
-        let body = body.await?;
-        check_ready(shared)?;
         match endpoint {
-            Endpoint::Chat => openai::chat(shared, caller, body).await,
-            Endpoint::Completions => openai::completions(shared, caller, body).await,
-            Endpoint::OllamaChat => ollama::chat(shared, caller, body).await,
-            _ => ollama::generate(shared, caller, body).await,
+            Endpoint::Chat => openai::chat(shared, &active, caller, body).await,
+            Endpoint::Completions => openai::completions(shared, &active, caller, body).await,
+            Endpoint::OllamaChat => ollama::chat(shared, &active, caller, body).await,
+            _ => ollama::generate(shared, &active, caller, body).await,
         }
     };
     let answer = tokio::select! {
         answer = answer => answer,
-        () = shared.active.until_cut() => Err(draining().into()),
+        replaced = cut => Err(Problem::of_backend(cut_short(replaced))),
     };
     match answer? {
         Answer::Whole(bytes) => Ok(json(bytes)),
@@ -160,7 +165,7 @@ async fn work(
 
 fn check_ready(shared: &Shared) -> Result<(), Problem> {
     if shared.readiness.is_draining() {
-        return Err(draining().into());
+        return Err(cut_short(false).into());
     }
     if shared.readiness.is_loading() {
         return Err(Problem::loading());
@@ -168,8 +173,11 @@ fn check_ready(shared: &Shared) -> Result<(), Problem> {
     Ok(())
 }
 
-fn draining() -> ChatError {
-    ChatError::Draining { retry_after: Duration::from_secs(5) }
+/// Whether the client's library says that it has asked this before.
+fn is_retry(request: &HttpRequest) -> bool {
+    text_header(request, &HeaderName::from_static("x-stainless-retry-count"))
+        .and_then(|count| count.parse::<u32>().ok())
+        .is_some_and(|count| count > 0)
 }
 
 fn check_head(request: &HttpRequest, shared: &Shared) -> Result<(), Problem> {

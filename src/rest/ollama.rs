@@ -5,6 +5,7 @@ use std::time::SystemTime;
 use actix_web::HttpResponse;
 
 use super::Shared;
+use super::active::ActiveGuard;
 use super::answer::{Answer, EventBody, Jobs};
 use super::body::Body;
 use super::door::json;
@@ -15,17 +16,23 @@ use crate::wire::Caller;
 use crate::wire::ollama::{self, ChatBody, GenerateBody, LineWriter, Shape, Work};
 
 /// `/api/chat`.
-pub(super) async fn chat(shared: &Shared, caller: Caller, body: Body) -> Result<Answer, Problem> {
+pub(super) async fn chat(
+    shared: &Shared,
+    active: &ActiveGuard,
+    caller: Caller,
+    body: Body,
+) -> Result<Answer, Problem> {
     let asked = parse(body, ChatBody::parse).await?;
     let name = shown_name(shared, asked.model())?;
     let (stream, logprobs) = (asked.stream(), asked.logprobs());
     let work = asked.into_work(&caller)?;
-    run(shared, work, stream, |_| LineWriter::new(name, Shape::Chat, logprobs)).await
+    run(shared, active, work, stream, |_| LineWriter::new(name, Shape::Chat, logprobs)).await
 }
 
 /// `/api/generate`.
 pub(super) async fn generate(
     shared: &Shared,
+    active: &ActiveGuard,
     caller: Caller,
     body: Body,
 ) -> Result<Answer, Problem> {
@@ -33,7 +40,10 @@ pub(super) async fn generate(
     let name = shown_name(shared, asked.model())?;
     let (stream, logprobs) = (asked.stream(), asked.logprobs());
     let work = asked.into_work(&caller)?;
-    run(shared, work, stream, |turns| LineWriter::new(name, Shape::Generate(turns), logprobs)).await
+    run(shared, active, work, stream, |turns| {
+        LineWriter::new(name, Shape::Generate(turns), logprobs)
+    })
+    .await
 }
 
 /// `/api/version`.
@@ -58,6 +68,7 @@ pub(super) fn show(shared: &Shared, body: &[u8]) -> Result<HttpResponse, Problem
 
 async fn run(
     shared: &Shared,
+    active: &ActiveGuard,
     work: Work,
     stream: bool,
     writer: impl FnOnce(Option<Vec<crate::chat::Message>>) -> LineWriter,
@@ -72,7 +83,7 @@ async fn run(
     let mut jobs = Jobs::start(&shared.router, vec![request]);
     if stream {
         let first = jobs.first().await?;
-        let body = EventBody::new(&shared.active, jobs, first, Box::new(writer));
+        let body = EventBody::new(active, jobs, first, Box::new(writer));
         return Ok(Answer::Stream(Box::new(body)));
     }
     let mut replies = jobs.collect().await?;

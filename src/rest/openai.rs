@@ -8,6 +8,7 @@ use actix_web::http::header::CONTENT_TYPE;
 use actix_web::web;
 
 use super::Shared;
+use super::active::ActiveGuard;
 use super::answer::{Answer, EventBody, Jobs};
 use super::body::Body;
 use super::door::json;
@@ -20,7 +21,12 @@ use crate::wire::openai::{
 use crate::wire::{Caller, check_model_name};
 
 /// `/v1/chat/completions`.
-pub(super) async fn chat(shared: &Shared, caller: Caller, body: Body) -> Result<Answer, Problem> {
+pub(super) async fn chat(
+    shared: &Shared,
+    active: &ActiveGuard,
+    caller: Caller,
+    body: Body,
+) -> Result<Answer, Problem> {
     let asked = parse(body, ChatBody::parse).await?;
     let head = head(shared, "chatcmpl", &caller, &asked.model())?;
     let (stream, include_usage, logprobs) =
@@ -38,7 +44,7 @@ pub(super) async fn chat(shared: &Shared, caller: Caller, body: Body) -> Result<
     if stream {
         let first = jobs.first().await?;
         let writer = ChatWriter::new(head, choices, logprobs, include_usage);
-        let body = EventBody::new(&shared.active, jobs, first, Box::new(writer));
+        let body = EventBody::new(active, jobs, first, Box::new(writer));
         return Ok(Answer::Stream(Box::new(body)));
     }
     let replies = jobs.collect().await?;
@@ -48,6 +54,7 @@ pub(super) async fn chat(shared: &Shared, caller: Caller, body: Body) -> Result<
 /// `/v1/completions`.
 pub(super) async fn completions(
     shared: &Shared,
+    active: &ActiveGuard,
     caller: Caller,
     body: Body,
 ) -> Result<Answer, Problem> {
@@ -65,7 +72,7 @@ pub(super) async fn completions(
     if stream {
         let first = jobs.first().await?;
         let writer = CompletionWriter::new(head, echoes, logprobs, include_usage);
-        let body = EventBody::new(&shared.active, jobs, first, Box::new(writer));
+        let body = EventBody::new(active, jobs, first, Box::new(writer));
         return Ok(Answer::Stream(Box::new(body)));
     }
     let replies = jobs.collect().await?;

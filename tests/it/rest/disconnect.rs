@@ -3,10 +3,10 @@
 use std::net::Shutdown;
 use std::sync::mpsc::Receiver;
 
-use scoutd::chat::{ChatEvent, ChatSender};
+use scoutd::chat::{ChatEvent, ChatSender, FinishReason};
 use scoutd::rest::Config;
 
-use crate::doubles::{Held, delta};
+use crate::doubles::{Held, delta, done};
 use crate::http::{PATIENCE, Server};
 
 const STREAM: &str = r#"{"stream":true,"messages":[{"role":"user","content":"x"}]}"#;
@@ -91,5 +91,29 @@ fn listings_do_not_wait_behind_answers() {
         let accepted = ChatEvent::Accepted { position: 3, predicted_first_token: None };
         sender.blocking_send(Ok(accepted)).expect("somebody reads");
         assert!(!client.stream.buffer().contains(&b'x'));
+    }
+}
+
+#[test]
+fn a_retry_takes_the_place_of_the_first_try() {
+    let (backend, arrivals) = Held::new();
+    let server = Server::start(backend);
+    for body in [STREAM, WHOLE] {
+        let ask = |headers: &[&str], body: &str| {
+            let mut client = server.connect();
+            client.send("POST", "/v1/chat/completions", headers, body.as_bytes());
+            (client, next(&arrivals))
+        };
+        let (mut first_client, first) = ask(&["x-stainless-retry-count: 0"], body);
+        let (_twin_client, twin) = ask(&[], body);
+        assert!(!first.is_closed(), "the same question twice is two questions");
+        let other_body = body.replace('x', "y");
+        let (_other_client, other) = ask(&["x-stainless-retry-count: 1"], &other_body);
+        let (_retry_client, retry) = ask(&["x-stainless-retry-count: 1"], body);
+        freed(&server, &twin);
+        assert!(!other.is_closed() && !retry.is_closed() && !first.is_closed());
+        first.blocking_send(Ok(delta("still here"))).expect("somebody reads");
+        first.blocking_send(Ok(done(FinishReason::Stop))).expect("somebody reads");
+        assert_eq!(first_client.response("POST").status, 200);
     }
 }
