@@ -174,8 +174,8 @@ impl Fields<'_> {
             return Err(format!("`num_key_value_heads`: {heads} heads share {kv_heads} unevenly"));
         }
         let head_len = self.size_or("head_dim", (hidden / heads).max(1))?;
-        if !head_len.is_multiple_of(2) {
-            return Err(format!("`head_dim`: {head_len} is odd"));
+        if !head_len.is_multiple_of(2) || head_len > HEAD_LEN_MAX {
+            return Err(format!("`head_dim`: {head_len} is odd or exceeds {HEAD_LEN_MAX}"));
         }
         let layers = self.size("num_hidden_layers")?;
         if layers > LAYERS_MAX {
@@ -401,6 +401,7 @@ fn float_of(object: &Map<String, Value>, key: &str) -> Result<Option<f64>, Strin
 /// Keeps products of sizes far from overflow; the largest real one is a context of 10 million.
 const SIZE_MAX: u64 = 1 << 31;
 const LAYERS_MAX: u64 = 1024;
+const HEAD_LEN_MAX: u64 = 1 << 16;
 
 #[cfg(test)]
 pub(super) mod tests {
@@ -475,6 +476,7 @@ pub(super) mod tests {
         check(r#""attention_chunk_size": 8192"#, r#""attention_chunk_size": null"#, "chunk");
         check(r#""rope_type": "llama3""#, r#""rope_type": "yarn""#, "`yarn`");
         check(r#""hidden_size": 5120"#, r#""hidden_size": -1"#, "`hidden_size`");
+        check(r#""head_dim": 128"#, r#""head_dim": 2000000000"#, "`head_dim`");
         check(r#""hidden_size": 5120,"#, "", "`hidden_size` is missing");
         check(r#""hidden_act": "silu""#, r#""hidden_act": "gelu""#, "hidden_act");
         check(r#""model_type": "llama4","#, r#""quantization_config": {"bits": 4},"#, "quantized");

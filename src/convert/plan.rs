@@ -115,7 +115,7 @@ fn of_checkpoint(dir: &Path, options: &Options) -> Result<(Plan, Checkpoint), Co
     plan.name = name;
     if !layout.skipped.is_empty() {
         let count = layout.skipped.len();
-        plan.notes.push(format!("{count} vision tensors are left out: the file is text only"));
+        plan.notes.push(format!("vision tensors left out: {count}; the file is text only"));
     }
     if language.chat_template.is_none() {
         plan.notes.push("no chat template: the model will not know how a chat looks".to_owned());
@@ -159,7 +159,7 @@ fn of_gguf(input: &GgufInput, path: &Path, options: &Options) -> Result<Plan, Co
     let twice = twice.count();
     if twice > 0 {
         plan.notes.push(format!(
-            "{twice} tensors were quantized already and are rounded a second time; \
+            "tensors rounded a second time, as they were quantized already: {twice}; \
              the original checkpoint gives a better file"
         ));
     }
@@ -196,8 +196,9 @@ fn assemble(
     let fallbacks = tensors.iter().filter(|tensor| tensor.instead_of.is_some()).count();
     let mut notes = Vec::new();
     if fallbacks > 0 {
-        notes
-            .push(format!("{fallbacks} tensors have rows that fill no whole blocks of their type"));
+        notes.push(format!(
+            "tensors of another type, as their rows fill no whole blocks: {fallbacks}"
+        ));
     }
     Ok(Plan {
         architecture: String::new(),

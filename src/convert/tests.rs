@@ -331,7 +331,7 @@ fn gguf_is_requantized() {
     }
     let down = options(&twice.target, &checkpoint.path("down.gguf"), "q4_0");
     let report = convert(&down, &Silent).unwrap();
-    assert!(report.notes[0].contains("a second time"), "{:?}", report.notes);
+    assert!(report.notes[0].contains("second time"), "{:?}", report.notes);
     // Same types again: copied, not rounded again.
     let same = options(&down.target, &checkpoint.path("same.gguf"), "q4_0");
     let report = convert(&same, &Silent).unwrap();
