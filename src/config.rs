@@ -12,27 +12,56 @@ use std::path::PathBuf;
 
 use serde::Deserialize;
 
+use crate::{engine, memory, model, mqtt, rest};
+
 /// The whole configuration, with every default filled in.
 #[derive(Clone, Debug, Default, PartialEq, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Config {
     /// What is written to the journal or the terminal.
     pub log: LogConfig,
+    /// Starting, stopping, and what holds for every door.
+    pub daemon: DaemonConfig,
     /// Which model, and how it is run.
     pub model: ModelConfig,
+    /// How memory is watched.
+    pub memory: memory::Config,
+    /// How many requests at once, and what they may cost.
+    pub engine: engine::Config,
+    /// The HTTP door.
+    pub rest: rest::Config,
+    /// The MQTT door.
+    pub mqtt: mqtt::Config,
+}
+
+/// Starting, stopping, and what holds for every door.
+#[derive(Clone, Debug, PartialEq, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct DaemonConfig {
+    /// Seconds that running answers get to finish when the daemon is told to stop.
+    pub drain_s: u64,
+    /// Seconds a request may take over HTTP if it does not say.
+    pub deadline_s: u64,
+}
+
+impl Default for DaemonConfig {
+    fn default() -> DaemonConfig {
+        DaemonConfig { drain_s: 20, deadline_s: 600 }
+    }
 }
 
 /// What is written to the journal or the terminal.
 #[derive(Clone, Debug, PartialEq, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct LogConfig {
-    /// `error`, `warn`, `info`, `debug`, `trace`, or per module as in `info,rest=debug`.
+    /// `error`, `warn`, `info`, `debug`, `trace`, and per module as in `info,rest=debug`. The libraries below the doors
+    /// are kept at `warn` by the default.
     pub level: String,
 }
 
 impl Default for LogConfig {
     fn default() -> LogConfig {
-        LogConfig { level: "info".to_owned() }
+        LogConfig { level: "info,mqtt5=warn,actix_server=warn".to_owned() }
     }
 }
 
@@ -78,6 +107,24 @@ pub enum KvType {
     F32,
 }
 
+impl From<Precision> for scoutd_kernels::Precision {
+    fn from(precision: Precision) -> Self {
+        match precision {
+            Precision::Exact => Self::Exact,
+            Precision::Int8 => Self::Int8,
+        }
+    }
+}
+
+impl From<KvType> for model::KvType {
+    fn from(kv: KvType) -> Self {
+        match kv {
+            KvType::F16 => Self::F16,
+            KvType::F32 => Self::F32,
+        }
+    }
+}
+
 impl Config {
     /// Reads all sources.
     ///
@@ -85,6 +132,13 @@ impl Config {
     /// Every fault found, not only the first, each naming its source.
     pub fn load(sources: &Sources) -> Result<Config, Vec<ConfigError>> {
         load::load(sources)
+    }
+
+    /// Everything wrong with the values themselves; empty is right.
+    pub fn check(&self) -> Vec<String> {
+        let mut errors = self.memory.check();
+        errors.extend(self.engine.check());
+        errors
     }
 }
 

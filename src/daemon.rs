@@ -1,1 +1,59 @@
 //! Wiring: from a configuration to a running process, and down again.
+//!
+//! [`Assembly`] is what answers: model, engine, ledger, router. [`serve`] puts the doors in front of it, tells the
+//! service manager, and drains when asked to stop. Nothing below this module reads the environment.
+
+mod assembly;
+mod built_in;
+mod facts;
+mod log;
+mod notify;
+mod serve;
+
+pub use assembly::{Assembly, OpenModel, check, open_model};
+pub use serve::serve;
+
+use std::path::PathBuf;
+
+/// Why the daemon did not start.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum StartError {
+    /// The configuration contradicts itself.
+    #[error("{0}")]
+    Config(String),
+    /// A door could not be opened.
+    #[error("{door} at {address}: {source}")]
+    Door {
+        /// `http` or `mqtt`.
+        door: &'static str,
+        /// What it should listen on or connect to.
+        address: String,
+        /// What the system said.
+        source: std::io::Error,
+    },
+    /// Memory cannot be watched.
+    #[error("memory cannot be sampled: {0}")]
+    Memory(std::io::Error),
+    /// The model cannot be used.
+    #[error("model {path}: {message}")]
+    Model {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it, and what would work.
+        message: String,
+    },
+    /// The model does not fit into what may be promised.
+    #[error("model {path} needs {needed} for weights and scratch, {free} can be promised")]
+    NoHeadroom {
+        /// The file.
+        path: PathBuf,
+        /// What it needs.
+        needed: crate::units::Bytes,
+        /// What is there.
+        free: crate::units::Bytes,
+    },
+    /// A thread, a runtime or a signal handler could not be had.
+    #[error("{0}")]
+    System(String),
+}

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use tokio::sync::mpsc;
 
-use super::{ChatError, ToolCall};
+use super::{ChatError, Message, Role, ToolCall};
 use crate::units::TokenId;
 
 /// A step of an answer. `Done` is always the last one.
@@ -173,6 +173,16 @@ pub struct Reply {
     pub logprobs: Vec<TokenLogprob>,
     /// How it ended.
     pub completion: Completion,
+}
+
+impl Reply {
+    /// The reply as a turn of the conversation it ends.
+    pub fn turn(&self) -> Message {
+        Message {
+            tool_calls: self.tool_calls.clone(),
+            ..Message::text(Role::Assistant, &self.text)
+        }
+    }
 }
 
 /// Puts a [`Reply`] together from events.

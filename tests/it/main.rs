@@ -1,5 +1,7 @@
 //! The integration tests: one binary against the library and the real server.
 
+mod config;
+mod daemon;
 mod doubles;
 mod engine;
 mod http;

@@ -44,3 +44,30 @@ scoutd_binary() {
   cargo build --release --locked --quiet || fail "the release build failed"
   scoutd=$root/target/release/scoutd
 }
+
+# free_ports COUNT: prints as many free loopback ports.
+free_ports() {
+  python3 - "$1" <<'PYTHON'
+import socket, sys
+sockets = [socket.socket() for _ in range(int(sys.argv[1]))]
+for s in sockets:
+    s.bind(("127.0.0.1", 0))
+print(*(s.getsockname()[1] for s in sockets))
+PYTHON
+}
+
+# wait_for_http PORT PATH: waits up to 30 s for a 200.
+wait_for_http() {
+  python3 - "$1" "$2" <<'PYTHON'
+import sys, time, urllib.request
+deadline = time.monotonic() + 30
+while True:
+    try:
+        urllib.request.urlopen(f"http://127.0.0.1:{sys.argv[1]}{sys.argv[2]}", timeout=2).read()
+        sys.exit(0)
+    except OSError:
+        if time.monotonic() > deadline:
+            sys.exit(1)
+        time.sleep(0.05)
+PYTHON
+}

@@ -76,7 +76,7 @@ def server(command: list[str], port: int):
 
 
 def ours(binary: str, model: str, port: int, *settings: str):
-    command = [binary, "serve", "--model", model, "--set", f"rest.bind=127.0.0.1:{port}", "--set", "mqtt.enabled=false"]
+    command = [binary, "serve", "--model", model, "--set", f"rest.listen=[\"127.0.0.1:{port}\"]", "--set", "mqtt.enabled=false"]
     for setting in settings:
         command += ["--set", setting]
     return server(command, port)

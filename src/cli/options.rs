@@ -1,0 +1,59 @@
+//! Options that several subcommands share: where the configuration comes from, and shortcuts into it.
+
+use std::path::PathBuf;
+
+use anyhow::bail;
+use clap::Args;
+
+use crate::config::{Config, Named, Sources};
+
+/// The usual place of the configuration file.
+const DEFAULT_FILE: &str = "/etc/scoutd/scoutd.toml";
+
+/// Where the configuration comes from. Later ones win: file, drop-ins, environment, flags.
+#[derive(Args, Clone, Debug, Default)]
+pub(super) struct ConfigOptions {
+    /// Configuration file [default: /etc/scoutd/scoutd.toml if it is there]
+    #[arg(long, value_name = "FILE")]
+    config: Option<PathBuf>,
+    /// GGUF model file [default: the built-in scout-nano]
+    #[arg(long, short, value_name = "FILE")]
+    model: Option<PathBuf>,
+    /// Threads that compute [default: chosen for this machine]
+    #[arg(long, short, value_name = "COUNT")]
+    threads: Option<usize>,
+    /// Set any configuration value, as in `--set rest.bind=127.0.0.1:8080` (repeatable)
+    #[arg(long = "set", value_name = "SECTION.KEY=VALUE")]
+    settings: Vec<String>,
+}
+
+impl ConfigOptions {
+    /// The configuration that these options, the environment and the files add up to.
+    ///
+    /// # Errors
+    /// All faults of all sources in one message.
+    pub(super) fn load(&self) -> anyhow::Result<Config> {
+        let file = match &self.config {
+            Some(file) => (file.clone(), Named::Explicitly),
+            None => (PathBuf::from(DEFAULT_FILE), Named::ByDefault),
+        };
+        let environment = std::env::vars()
+            .filter(|(name, _)| name.starts_with("SCOUTD_") && name.contains("__"))
+            .collect();
+        let sources = Sources { file: Some(file), environment, settings: self.settings.clone() };
+        let mut config = match Config::load(&sources) {
+            Ok(config) => config,
+            Err(errors) => {
+                let lines: Vec<String> = errors.iter().map(ToString::to_string).collect();
+                bail!(super::Usage(lines.join("\n")));
+            }
+        };
+        if let Some(model) = &self.model {
+            config.model.path = Some(model.clone());
+        }
+        if let Some(threads) = self.threads {
+            config.model.threads = threads;
+        }
+        Ok(config)
+    }
+}

@@ -1,0 +1,257 @@
+//! What answers: the model, its engine, the ledger, and the router over them. Doors stand in front of it.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::UNIX_EPOCH;
+
+use scoutd_kernels::{Isa, Kernels};
+use sha2::{Digest, Sha256};
+
+use super::{StartError, built_in};
+use crate::chat::{Backend, ModelCard, ModelName, Router};
+use crate::config::Config;
+use crate::engine::{self, EngineParts, Local};
+use crate::gguf::{Gguf, Mapping};
+use crate::memory::{Ledger, MemoryProbe, Permit, ProcProbe, Purpose, Watch};
+use crate::metrics::Metrics;
+use crate::model::{self, KvType, Model, ModelOptions};
+use crate::template::ChatTemplate;
+use crate::tokenizer::Tokenizer;
+use crate::units::Bytes;
+
+/// The longest context offered where the configuration does not say.
+const CONTEXT_DEFAULT_MAX: u32 = 8192;
+
+/// A model that is ready to run, without an engine around it.
+pub struct OpenModel {
+    /// The model.
+    pub model: Box<dyn Model>,
+    /// Name of the instruction set in use.
+    pub isa: &'static str,
+    /// Threads that compute.
+    pub threads: usize,
+    mapping: Arc<Mapping>,
+}
+
+impl OpenModel {
+    /// One line: what runs, and how.
+    pub fn summary(&self) -> String {
+        let spec = self.model.spec();
+        format!(
+            "{} ({}, {}, {}) on {} with {} threads",
+            spec.name,
+            spec.architecture,
+            spec.quantization,
+            Bytes(spec.weights_bytes),
+            self.isa,
+            self.threads
+        )
+    }
+}
+
+/// Everything that answers, and what keeps it honest.
+pub struct Assembly {
+    /// All models by name.
+    pub router: Router,
+    /// The engine behind it.
+    pub local: Arc<Local>,
+    /// Who holds what.
+    pub ledger: Arc<Ledger>,
+    /// Every published number.
+    pub metrics: Arc<Metrics>,
+    summary: String,
+    // Kept for as long as the assembly lives.
+    _weights: Permit,
+    _watch: Watch,
+}
+
+impl Assembly {
+    /// Opens the configured model and starts the engine and the memory watch.
+    ///
+    /// # Errors
+    /// If the model cannot be used or does not fit, or memory cannot be watched.
+    pub fn open(config: &Config) -> Result<Assembly, StartError> {
+        check_config(config)?;
+        let metrics = Arc::new(Metrics::new());
+        let mut probe = ProcProbe::new().map_err(StartError::Memory)?;
+        let sample = probe.sample().map_err(StartError::Memory)?;
+        let ledger = Ledger::new(sample.available);
+        let watch = Watch::start(
+            Box::new(probe),
+            Arc::clone(&ledger),
+            Arc::clone(&metrics),
+            &config.memory,
+        )
+        .map_err(StartError::Memory)?;
+
+        let opened = open_model(config, EngineParts::slots_needed(&config.engine))?;
+        let path = opened.mapping.path().to_owned();
+        let weights = Bytes(opened.model.spec().weights_bytes);
+        let permit = ledger.try_reserve(Purpose::Weights, &name(config, &path), weights).map_err(
+            |short| StartError::NoHeadroom {
+                path: path.clone(),
+                needed: weights,
+                free: short.free,
+            },
+        )?;
+        permit.set_touched(weights);
+        let template = template(&opened.mapping)?;
+        let card = card(config, &opened, &template)?;
+        let summary = opened.summary();
+        metrics.build_info.with_label_values(&[env!("CARGO_PKG_VERSION"), opened.isa]).set(1.0);
+        metrics
+            .model_info
+            .with_label_values(&[card.name.as_str(), &card.architecture, &card.quantization])
+            .set(1.0);
+        let local = engine::start(EngineParts {
+            model: opened.model,
+            template,
+            card,
+            ledger: Arc::clone(&ledger),
+            metrics: Arc::clone(&metrics),
+            config: config.engine.clone(),
+        })
+        .map_err(|error| StartError::System(error.to_string()))?;
+        let local = Arc::new(local);
+        let router = Router::new(vec![Arc::clone(&local) as Arc<dyn Backend>]);
+        Ok(Assembly { router, local, ledger, metrics, summary, _weights: permit, _watch: watch })
+    }
+
+    /// One line: what runs, and how.
+    pub fn summary(&self) -> &str {
+        &self.summary
+    }
+}
+
+/// Checks the configuration and the model file without starting anything.
+///
+/// # Errors
+/// As [`Assembly::open`].
+pub fn check(config: &Config) -> Result<(), StartError> {
+    check_config(config)?;
+    let opened = open_model(config, 1)?;
+    template(&opened.mapping)?;
+    Ok(())
+}
+
+/// The tokenizer and the chat template of a model file.
+fn template(mapping: &Mapping) -> Result<ChatTemplate, StartError> {
+    let unusable = |message: String| StartError::Model { path: mapping.path().to_owned(), message };
+    let gguf = Gguf::parse(mapping.bytes()).map_err(|error| unusable(error.to_string()))?;
+    let tokenizer =
+        Tokenizer::from_gguf(gguf.metadata()).map_err(|error| unusable(error.to_string()))?;
+    ChatTemplate::from_gguf(gguf.metadata(), Arc::new(tokenizer))
+        .map_err(|error| unusable(error.to_string()))
+}
+
+fn check_config(config: &Config) -> Result<(), StartError> {
+    let errors = config.check();
+    if errors.is_empty() { Ok(()) } else { Err(StartError::Config(errors.join("\n"))) }
+}
+
+/// Opens the configured model for `slots` sequences at once.
+///
+/// # Errors
+/// If the file is no model that can be run here, or the configured instruction set is missing.
+pub fn open_model(config: &Config, slots: u16) -> Result<OpenModel, StartError> {
+    let kernels = kernels(config)?;
+    let mapping = match &config.model.path {
+        Some(path) => Mapping::open(path).map_err(|error| StartError::Model {
+            path: path.clone(),
+            message: error.to_string(),
+        })?,
+        None => Mapping::built_in(built_in::NAME, built_in::file()),
+    };
+    let mapping = Arc::new(mapping);
+    let threads = threads(config);
+    let options = ModelOptions {
+        threads,
+        isa: Some(kernels.isa()),
+        precision: config.model.precision.into(),
+        kv_type: KvType::from(config.model.kv),
+        slots: usize::from(slots),
+        pass_tokens_max: config.engine.prefill_tokens_max,
+    };
+    let model = model::open(Arc::clone(&mapping), &options).map_err(|error| StartError::Model {
+        path: mapping.path().to_owned(),
+        message: error.to_string(),
+    })?;
+    Ok(OpenModel { model, isa: kernels.isa().name(), threads, mapping })
+}
+
+fn kernels(config: &Config) -> Result<Kernels, StartError> {
+    let Some(name) = &config.model.isa else { return Ok(Kernels::detect()) };
+    let unknown = |detail: String| StartError::Config(format!("model.isa: {detail}"));
+    let isa: Isa = name.parse().map_err(|error| unknown(format!("{error}")))?;
+    let missing = || unknown(format!("this processor has no {}", isa.name()));
+    Kernels::with_isa(isa).ok_or_else(missing)
+}
+
+/// All cores where there are few; on four and more, one is left to the doors and to reading.
+fn threads(config: &Config) -> usize {
+    if config.model.threads > 0 {
+        return config.model.threads;
+    }
+    let cores = std::thread::available_parallelism().map_or(1, usize::from);
+    if cores >= 4 { cores - 1 } else { cores }
+}
+
+fn card(
+    config: &Config,
+    opened: &OpenModel,
+    template: &ChatTemplate,
+) -> Result<ModelCard, StartError> {
+    let spec = opened.model.spec();
+    let path = opened.mapping.path();
+    let context = match config.model.context_tokens {
+        0 => spec.context_len.min(CONTEXT_DEFAULT_MAX),
+        asked if asked <= spec.context_len => asked,
+        asked => {
+            return Err(StartError::Config(format!(
+                "model.context_tokens of {asked} exceeds the model's {}",
+                spec.context_len
+            )));
+        }
+    };
+    Ok(ModelCard {
+        name: ModelName::new(&name(config, path)),
+        architecture: spec.architecture.clone(),
+        parameters: spec.parameters,
+        quantization: spec.quantization.clone(),
+        file_bytes: opened.mapping.bytes().len() as u64,
+        digest: digest(&opened.mapping),
+        modified_unix_s: modified_unix_s(path),
+        context_tokens: context,
+        trained_context_tokens: spec.context_len,
+        embedding_len: spec.hidden,
+        vocabulary_len: spec.vocab_len,
+        template: template.source().to_owned(),
+    })
+}
+
+/// SHA-256 over what stands before the tensors' data, in hexadecimal.
+fn digest(mapping: &Mapping) -> String {
+    let bytes = mapping.bytes();
+    let tensors = Gguf::parse(bytes).map(|gguf| gguf.tensors().to_vec()).unwrap_or_default();
+    let header = tensors.iter().map(|tensor| tensor.offset as usize).min().unwrap_or(bytes.len());
+    Sha256::digest(&bytes[..header]).iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+/// The configured name, else the file's without `.gguf`.
+fn name(config: &Config, path: &Path) -> String {
+    if let Some(name) = &config.model.name {
+        return name.clone();
+    }
+    let stem = PathBuf::from(path.file_name().unwrap_or(path.as_os_str()));
+    let stem =
+        if stem.extension().is_some_and(|e| e == "gguf") { stem.with_extension("") } else { stem };
+    stem.to_string_lossy().into_owned()
+}
+
+/// When the file was last changed; the built-in model is as old as its build, which nobody knows: 0.
+fn modified_unix_s(path: &Path) -> u64 {
+    let modified = fs::metadata(path).and_then(|metadata| metadata.modified()).ok();
+    let since = modified.and_then(|time| time.duration_since(UNIX_EPOCH).ok());
+    since.map_or(0, |since| since.as_secs())
+}
