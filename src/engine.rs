@@ -5,6 +5,7 @@
 //! give out slots, plan, run the model, sample, commit, send. It never waits for a client and never polls.
 
 mod admission;
+mod grammar;
 mod inbox;
 mod local;
 mod logprobs;

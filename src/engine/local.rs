@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 
 use super::Config;
 use super::admission::Load;
+use super::grammar::Grammars;
 use super::inbox::Inbox;
 use super::places::Places;
 use super::pool::Pool;
@@ -102,6 +103,7 @@ pub fn start(parts: EngineParts) -> Result<Local, StartError> {
     let queue_max = usize::from(config.slots) + config.waiting_max;
     let preparer = Preparer {
         template,
+        grammars: Grammars::new(Arc::clone(&ledger)),
         context_tokens: card.context_tokens.min(spec.context_len),
         vocab_len: spec.vocab_len,
         config: config.clone(),

@@ -184,7 +184,7 @@ pub(super) mod tests {
             heads: 1,
             kv_heads: 1,
             head_len: 8,
-            context_len: 256,
+            context_len: 1024,
             vocab_len: 64,
             chunk: None,
             local_layers: 0,

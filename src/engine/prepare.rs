@@ -4,6 +4,7 @@ use jiff::ZonedDateTime;
 
 use super::Config;
 use super::admission::output_bound;
+use super::grammar::Grammars;
 use super::submission::Prepared;
 use crate::chat::{
     ChatError, ChatRequest, ChatRequestParts, Input, Message, Role, Tool, ToolChoice,
@@ -16,6 +17,7 @@ use crate::units::TokenId;
 #[derive(Debug)]
 pub(super) struct Preparer {
     pub(super) template: ChatTemplate,
+    pub(super) grammars: Grammars,
     /// Longest context of one request.
     pub(super) context_tokens: u32,
     /// Tokens the model knows.
@@ -47,7 +49,12 @@ impl Preparer {
         self.check_tokens("logit_bias", parts.sampling.logit_bias.iter().map(|(t, _)| *t))?;
         let max_tokens =
             output_bound(prompt.len(), context, parts.max_tokens, self.config.default_max_tokens)?;
+        let grammar = match max_tokens {
+            0 => None,
+            _ => self.grammars.of(&parts, &tools, self.tokenizer())?,
+        };
         Ok(Prepared {
+            grammar,
             label: parts.id.to_string(),
             client: parts.client,
             priority: parts.priority,

@@ -2,6 +2,9 @@
 
 use std::time::Instant;
 
+use llguidance::toktrie::SimpleVob;
+
+use super::grammar::Grammar;
 use super::logprobs::Logprobs;
 use super::outlet::Outlet;
 use super::output::Output;
@@ -29,6 +32,7 @@ pub(super) struct Request {
     /// Held until the last event has gone out.
     place: Place,
     sampler: Sampler,
+    grammar: Option<Grammar>,
     output: Output,
     logprobs: Option<usize>,
     /// Log-probabilities of the prompt so far, if they are wanted.
@@ -58,7 +62,7 @@ pub(super) struct SamplingTools<'a> {
 
 impl Request {
     pub(super) fn new(
-        prepared: &Prepared,
+        prepared: &mut Prepared,
         ticket: Ticket,
         memory: SlotMemory,
         outlet: Outlet,
@@ -75,6 +79,7 @@ impl Request {
             door: ticket.door,
             place: ticket.place,
             sampler: Sampler::new(&prepared.sampling, &prepared.prompt),
+            grammar: prepared.grammar.take(),
             output: Output::new(&prepared.tools, &prepared.stops, &call_prefix),
             logprobs: prepared.logprobs,
             scores: prepared.scores_prompt.then(Vec::new),
@@ -134,8 +139,14 @@ impl Request {
             raw.clear();
             raw.extend_from_slice(logits);
         }
-        let Some(token) = self.sampler.sample(logits, None, scratch) else {
-            return Sampled::Nothing;
+        let allowed = match self.grammar.as_mut().map(Grammar::allowed) {
+            None => None,
+            Some(Ok(allowed)) => Some(allowed),
+            Some(Err(error)) => return self.nothing(&format!("grammar: {error}")),
+        };
+        let allowed = allowed.as_ref().map(SimpleVob::as_slice);
+        let Some(token) = self.sampler.sample(logits, allowed, scratch) else {
+            return self.nothing("no token is possible");
         };
         self.count_token(metrics, now);
         let logprob =
@@ -147,10 +158,21 @@ impl Request {
             }
             return Sampled::Last(token);
         }
-        match self.output.push(tokenizer, token, logprob, self.outlet.pending()) {
+        let stopped = self.output.push(tokenizer, token, logprob, self.outlet.pending());
+        let complete = match self.grammar.as_mut().map(|grammar| grammar.push(token)) {
+            None => false,
+            Some(Ok(complete)) => complete,
+            Some(Err(error)) => return self.nothing(&format!("grammar: {error}")),
+        };
+        match stopped || complete {
             true => Sampled::Last(token),
             false => Sampled::Token(token),
         }
+    }
+
+    fn nothing(&mut self, why: &str) -> Sampled {
+        log::error!(target: "engine", id = self.label.as_str(), why; "no token");
+        Sampled::Nothing
     }
 
     fn count_token(&mut self, metrics: &Metrics, now: Instant) {

@@ -3,6 +3,7 @@
 use std::sync::Arc;
 use std::time::Instant;
 
+use super::grammar::Grammar;
 use super::places::Place;
 use crate::chat::{ChatRequest, ChatSender, Origin, Priority, SamplingParams, Tool};
 use crate::memory::Permit;
@@ -41,6 +42,8 @@ pub(super) struct Prepared {
     pub(super) logprobs: Option<usize>,
     /// Log-probabilities of the prompt too; the end token then counts as output.
     pub(super) scores_prompt: bool,
+    /// The form the answer must have, if it must have one.
+    pub(super) grammar: Option<Grammar>,
 }
 
 impl Prepared {

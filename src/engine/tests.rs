@@ -8,7 +8,7 @@ use super::testing::{END, ScriptedModel, Stage, babbles, byte_tokenizer, says};
 use super::{Config, EngineParts, Local, start};
 use crate::chat::{
     Backend, ChatError, ChatEvent, ChatRequest, ChatRequestParts, ChatStream, FinishReason, Input,
-    Message, ModelCard, ModelName, Origin, Reply, Role, Tool, ToolChoice,
+    Message, ModelCard, ModelName, Origin, OutputFormat, Reply, Role, Tool, ToolChoice,
 };
 use crate::memory::{Ledger, Purpose};
 use crate::metrics::Metrics;
@@ -32,12 +32,13 @@ struct Bench {
 
 impl Bench {
     fn new(config: Config, rule: impl Fn(&[TokenId], &mut [f32]) + Send + 'static) -> Bench {
-        Bench::with_budget(config, Bytes(1 << 30), rule)
+        Bench::build(config, Bytes(1 << 30), 256, rule)
     }
 
-    fn with_budget(
+    fn build(
         config: Config,
         budget: Bytes,
+        context_tokens: u32,
         rule: impl Fn(&[TokenId], &mut [f32]) + Send + 'static,
     ) -> Bench {
         let stage = Stage::default();
@@ -49,7 +50,7 @@ impl Bench {
         let parts = EngineParts {
             model,
             template,
-            card: card(),
+            card: ModelCard { context_tokens, ..card() },
             ledger: Arc::clone(&ledger),
             metrics: Arc::clone(&metrics),
             config,
@@ -408,7 +409,7 @@ fn what_does_not_fit_is_refused_and_what_rests_gives_way() {
     };
     let spec = super::prefix::tests::spec();
     let room = Bytes(kv_bytes(&spec, 60));
-    let bench = Bench::with_budget(small(), scratch.saturating_add(room), babbles);
+    let bench = Bench::build(small(), scratch.saturating_add(room), 256, babbles);
     let sized = |text: &str, max_tokens: u32| {
         let mut parts = prompt(text);
         parts.max_tokens = Some(max_tokens);
@@ -581,4 +582,56 @@ fn dropping_the_engine_ends_its_streams() {
     let ended = matches!(last, Some(Err(ChatError::Draining { .. }) | Ok(ChatEvent::Done(_))));
     assert!(ended, "{last:?}");
     assert_eq!(ledger.promised(), Bytes(0));
+}
+
+/// Any token at all, by a hash of the whole history: only a grammar makes sense of it.
+fn rambles(history: &[TokenId], logits: &mut [f32]) {
+    for (token, logit) in logits.iter_mut().enumerate() {
+        let hash = history.iter().fold(token as u64 + 1, |hash, token| {
+            (hash ^ u64::from(token.0)).wrapping_mul(0x9E37_79B9_7F4A_7C15).rotate_left(31)
+        });
+        *logit = (hash % 1000) as f32 / 100.0;
+    }
+}
+
+#[test]
+fn a_forced_form_is_kept_whatever_the_model_wants() {
+    let bench = Bench::build(small(), Bytes(1 << 30), 1024, rambles);
+    let schema = serde_json::json!({
+        "type": "object",
+        "properties": {
+            "room": { "enum": ["hall", "kitchen"] },
+            "level": { "type": "integer", "minimum": 0, "maximum": 100 },
+        },
+        "required": ["room", "level"],
+        "additionalProperties": false,
+    });
+    for index in 0..4 {
+        let mut parts = prompt(&format!("prompt {index}"));
+        parts.max_tokens = Some(600);
+        parts.format = OutputFormat::JsonSchema { schema: schema.clone(), strict: true };
+        let reply = bench.reply(parts).expect("it is answered");
+        assert_eq!(reply.completion.finish, FinishReason::Stop, "{}", reply.text);
+        let value: serde_json::Value = serde_json::from_str(&reply.text).expect("it is JSON");
+        assert!(value["level"].as_u64().is_some_and(|level| level <= 100), "{value}");
+
+        let mut parts = messages(&[(Role::User, "do it")]);
+        parts.max_tokens = Some(600);
+        parts.tools = vec![Tool {
+            name: "set".to_owned(),
+            description: None,
+            parameters: Some(serde_json::json!({
+                "properties": { "room": { "enum": ["hall", "den"] } },
+                "required": ["room"],
+                "additionalProperties": false,
+            })),
+        }];
+        parts.tool_choice = ToolChoice::Required;
+        parts.sampling.temperature = 1.0;
+        parts.sampling.seed = Some(index);
+        let reply = bench.reply(parts).expect("it is answered");
+        assert_eq!(reply.completion.finish, FinishReason::ToolCalls, "{}", reply.text);
+        assert_eq!((reply.text.as_str(), reply.tool_calls[0].name.as_str()), ("", "set"));
+        assert!(reply.tool_calls[0].arguments.contains_key("room"));
+    }
 }

@@ -195,7 +195,7 @@ impl Engine {
     }
 
     fn admit(&mut self, submission: Submission) {
-        let Submission { prepared, ticket, permit } = submission;
+        let Submission { mut prepared, ticket, permit } = submission;
         if ticket.sender.is_closed() {
             return self.shared.refuse(ticket, ChatError::Cancelled);
         }
@@ -219,7 +219,7 @@ impl Engine {
         self.next_id += 1;
         let outlet = Outlet::new(ticket.sender.clone(), &self.waker);
         let memory = SlotMemory::new(permit, prepared.tokens_max());
-        let mut request = Request::new(&prepared, ticket, memory, outlet);
+        let mut request = Request::new(&mut prepared, ticket, memory, outlet);
         let sequence = Sequence {
             id,
             client: prepared.client,
