@@ -232,11 +232,8 @@ def ask(**fields):
     return {"prompt": "hello, who are you?", "temperature": 0, "max_tokens": 12, **fields}
 
 
-@check("embedded", "mosquitto", "v311", "tls")
+@check("embedded", "mosquitto", "tls")
 def mosquitto_rr_gets_its_answer(house):
-    # A broker client below MQTT 5 has no response topic, so the daemon must speak 5 to see it.
-    if house.kind == "v311":
-        return
     request, response = f"{BASE}/request/chat", f"{BASE}/response/kitchen"
     arguments = ["-V", "5", "-t", request, "-e", response, "-W", "30", "-m", json.dumps(ask())]
     done = house.tool("mosquitto_rr", *arguments, login=KITCHEN)
@@ -421,6 +418,27 @@ def a_stopped_daemon_says_offline(house):
         house.daemon.send_signal(signal.SIGTERM)
         assert house.daemon.wait(20) == 0
         assert client.next().payload == b"offline"
+
+
+@check("tls")
+def only_the_pinned_authority_is_trusted(house):
+    foreign = house.folder / "foreign"
+    foreign.mkdir(exist_ok=True)
+    make_certificates(foreign)
+    log = foreign / "scoutd.log"
+    command = [SCOUTD, "serve", "--listen", f"127.0.0.1:{free_port()}", "--set", "mqtt.node=foreign"]
+    command += ["--set", f"mqtt.broker=mqtts://localhost:{house.tls_port}", "--set", f"mqtt.ca_file={foreign}/ca.crt"]
+    with open(log, "wb") as out:
+        daemon = subprocess.Popen(command + ARGUMENTS, stdout=out, stderr=subprocess.STDOUT, cwd=foreign)
+        try:
+            deadline = time.monotonic() + PATIENCE
+            while "UnknownIssuer" not in log.read_text(errors="replace"):
+                assert daemon.poll() is None, log.read_text(errors="replace")
+                assert time.monotonic() < deadline, log.read_text(errors="replace")
+                time.sleep(0.1)
+        finally:
+            daemon.terminate()
+            daemon.wait(20)
 
 
 @check("embedded", "mosquitto", "v311", "tls")
