@@ -16,9 +16,10 @@ use crate::convert::{
 /// Options of `scoutd convert`.
 #[derive(clap::Args)]
 #[command(after_help = "\
-TYPE is one of auto, q4_0, q4_1, q4_k, q5_k, q6_k, q8_0, f16, bf16, f32. `auto` is Q4_0 with more bits
-where four are known to hurt: Q6_K for the output matrix, attention values and early down projections.
-Norms, router and rotation factors are F32 in every type.
+TYPE is one of auto, q4_0, q4_1, q4_k, q5_k, q6_k, q8_0, f16, bf16, f32.
+`auto` is Q4_0 with more bits where four are known to hurt: Q6_K for the output
+matrix, attention values and early down projections. Norms, router and rotation
+factors are F32 in every type.
 
 Examples:
   scoutd convert ./Llama-4-Scout --out scout.gguf

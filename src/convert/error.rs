@@ -16,7 +16,7 @@ pub enum ConvertError {
     DiskFull { dir: PathBuf, needed: u64, free: u64 },
     #[error("index {} lies: {reason}", path.display())]
     Index { path: PathBuf, reason: String },
-    #[error("{}: {source}", path.display())]
+    #[error("cannot read or write {}", path.display())]
     Io { path: PathBuf, source: io::Error },
     #[error("file {} is missing, {reason}", path.display())]
     Missing { path: PathBuf, reason: String },
