@@ -16,6 +16,7 @@
 //! As in `aarch64_blocks32`.
 
 #![allow(clippy::wildcard_imports, reason = "intrinsics")]
+#![allow(clippy::needless_range_loop, reason = "panels are read and written by index throughout")]
 
 use std::arch::aarch64::*;
 
@@ -92,13 +93,15 @@ struct Tokens {
 }
 
 impl Tokens {
+    /// From the token `first` on.
     #[inline(always)]
     fn new(x: &Activations, first: usize) -> Tokens {
+        let blocks = x.cols() / 256;
         Tokens {
-            blocks: x.cols() / 256,
-            levels: x.levels_of(first).as_ptr(),
-            group_sums: x.group_sums_of(first).as_ptr(),
-            scales: x.scales_of(first).as_ptr(),
+            blocks,
+            levels: x.levels[first * x.cols()..].as_ptr(),
+            group_sums: x.group_sums[16 * first * blocks..].as_ptr(),
+            scales: x.scales[first * blocks..].as_ptr(),
         }
     }
 

@@ -261,14 +261,16 @@ struct Tokens {
 }
 
 impl Tokens {
+    /// From the token `first` on.
     #[inline(always)]
     fn new(x: &Activations, first: usize) -> Tokens {
+        let blocks = x.cols() / 32;
         Tokens {
-            blocks: x.cols() / 32,
-            levels: x.levels_of(first).as_ptr(),
-            scales: x.scales_of(first).as_ptr(),
-            sums: x.sums_of(first).as_ptr(),
-            scaled_sums: x.scaled_sums_of(first).as_ptr(),
+            blocks,
+            levels: x.levels[first * x.cols()..].as_ptr(),
+            scales: x.scales[first * blocks..].as_ptr(),
+            sums: x.sums[first * blocks..].as_ptr(),
+            scaled_sums: x.scaled_sums[first * blocks..].as_ptr(),
         }
     }
 

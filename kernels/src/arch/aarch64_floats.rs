@@ -136,8 +136,8 @@ unsafe fn tile<N: Number, const T: usize>(
         for (r, acc) in acc.iter().enumerate().take(len) {
             for (t, acc) in acc.iter().enumerate() {
                 let mut sum = vaddvq_f32(vaddq_f32(acc[0], acc[1]));
-                for i in whole..cols {
-                    sum += (*rows[r].add(i)).to_f32() * x[t][i];
+                for (i, x) in x[t].iter().enumerate().skip(whole) {
+                    sum += (*rows[r].add(i)).to_f32() * x;
                 }
                 piece.out.set(token + t, first + r, sum);
             }

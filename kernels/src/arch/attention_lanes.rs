@@ -142,7 +142,7 @@ unsafe fn score_rows<L: Lanes, E: Element>(
     }
 }
 
-/// R rows, two keys at a time.
+/// R rows, two keys at a time; a single row four, or the latency of the multiply-add would show.
 #[inline(always)]
 unsafe fn score_tile<L: Lanes, E: Element, const R: usize>(
     queries: &[*const f32],
@@ -152,41 +152,53 @@ unsafe fn score_tile<L: Lanes, E: Element, const R: usize>(
     scale: f32,
     scores: &mut [[f32; KEYS]],
 ) {
-    // SAFETY: the contract of this file; key + 1 < keys, i + LEN <= d.
+    let mut key = 0;
+    // SAFETY: the contract of this file; the keys read end within `keys`.
     unsafe {
-        let mut key = 0;
+        while R == 1 && key + 4 <= keys {
+            score_keys::<L, E, R, 4>(queries, k, d, key, scale, scores);
+            key += 4;
+        }
         while key + 2 <= keys {
-            let (k0, k1) = (k.add(key * d), k.add((key + 1) * d));
-            let mut acc = [[L::splat(0.0); 2]; R];
-            let mut i = 0;
-            while i < d {
-                let (a, b) = (E::load::<L>(k0.add(i)), E::load::<L>(k1.add(i)));
-                for (r, acc) in acc.iter_mut().enumerate() {
-                    let q = L::load(queries.get_unchecked(r).add(i));
-                    acc[0] = q.mul_add(a, acc[0]);
-                    acc[1] = q.mul_add(b, acc[1]);
-                }
-                i += L::LEN;
-            }
-            for (r, acc) in acc.iter().enumerate() {
-                scores[r][key] = acc[0].sum() * scale;
-                scores[r][key + 1] = acc[1].sum() * scale;
-            }
+            score_keys::<L, E, R, 2>(queries, k, d, key, scale, scores);
             key += 2;
         }
         if key < keys {
-            let k0 = k.add(key * d);
-            let mut acc = [L::splat(0.0); R];
-            let mut i = 0;
-            while i < d {
-                let a = E::load::<L>(k0.add(i));
-                for (r, acc) in acc.iter_mut().enumerate() {
-                    *acc = L::load(queries.get_unchecked(r).add(i)).mul_add(a, *acc);
-                }
-                i += L::LEN;
+            score_keys::<L, E, R, 1>(queries, k, d, key, scale, scores);
+        }
+    }
+}
+
+/// R rows against K keys from `key`.
+#[inline(always)]
+unsafe fn score_keys<L: Lanes, E: Element, const R: usize, const K: usize>(
+    queries: &[*const f32],
+    k: *const E,
+    d: usize,
+    key: usize,
+    scale: f32,
+    scores: &mut [[f32; KEYS]],
+) {
+    // SAFETY: the contract of this file; R queries, K keys from `key`, i + LEN <= d.
+    unsafe {
+        let mut acc = [[L::splat(0.0); K]; R];
+        let mut i = 0;
+        while i < d {
+            let mut row = [L::splat(0.0); K];
+            for (j, row) in row.iter_mut().enumerate() {
+                *row = E::load::<L>(k.add((key + j) * d + i));
             }
-            for (r, acc) in acc.iter().enumerate() {
-                scores[r][key] = acc.sum() * scale;
+            for (r, acc) in acc.iter_mut().enumerate() {
+                let q = L::load(queries.get_unchecked(r).add(i));
+                for (acc, row) in acc.iter_mut().zip(row) {
+                    *acc = q.mul_add(row, *acc);
+                }
+            }
+            i += L::LEN;
+        }
+        for (r, acc) in acc.iter().enumerate() {
+            for (j, acc) in acc.iter().enumerate() {
+                scores[r][key + j] = acc.sum() * scale;
             }
         }
     }
@@ -281,6 +293,11 @@ unsafe fn mix_tile<L: Lanes, E: Element, const R: usize>(
     let mut i = 0;
     // SAFETY: i plus the registers' width stays within the head.
     unsafe {
+        // Few rows: more columns, so that as many sums are under way.
+        while R <= 2 && i + 4 * L::LEN <= d {
+            mix_columns::<L, E, R, 4>(weights, corrections, v, d, keys, out, i);
+            i += 4 * L::LEN;
+        }
         while i + 2 * L::LEN <= d {
             mix_columns::<L, E, R, 2>(weights, corrections, v, d, keys, out, i);
             i += 2 * L::LEN;
