@@ -62,7 +62,7 @@ pub struct Assembly {
     pub metrics: Arc<Metrics>,
     summary: String,
     // Kept for as long as the assembly lives.
-    _weights: Permit,
+    _permits: Vec<Permit>,
     _watch: Watch,
 }
 
@@ -85,17 +85,9 @@ impl Assembly {
         )
         .map_err(StartError::Memory)?;
 
-        let opened = open_model(config, EngineParts::slots_needed(&config.engine))?;
-        let path = opened.mapping.path().to_owned();
-        let weights = Bytes(opened.model.spec().weights_bytes);
-        let permit = ledger.try_reserve(Purpose::Weights, &name(config, &path), weights).map_err(
-            |short| StartError::NoHeadroom {
-                path: path.clone(),
-                needed: weights,
-                free: short.free,
-            },
-        )?;
-        permit.set_touched(weights);
+        let mapping = map_model(config)?;
+        let permits = reserve(config, &mapping, &ledger)?;
+        let opened = open_mapped(config, mapping, EngineParts::slots_needed(&config.engine))?;
         let template = template(&opened.mapping)?;
         let card = card(config, &opened, &template)?;
         let summary = opened.summary();
@@ -115,7 +107,7 @@ impl Assembly {
         .map_err(|error| StartError::System(error.to_string()))?;
         let local = Arc::new(local);
         let router = Router::new(vec![Arc::clone(&local) as Arc<dyn Backend>]);
-        Ok(Assembly { router, local, ledger, metrics, summary, _weights: permit, _watch: watch })
+        Ok(Assembly { router, local, ledger, metrics, summary, _permits: permits, _watch: watch })
     }
 
     /// One line: what runs, and how.
@@ -155,7 +147,11 @@ fn check_config(config: &Config) -> Result<(), StartError> {
 /// # Errors
 /// If the file is no model that can be run here, or the configured instruction set is missing.
 pub fn open_model(config: &Config, slots: u16) -> Result<OpenModel, StartError> {
-    let kernels = kernels(config)?;
+    open_mapped(config, map_model(config)?, slots)
+}
+
+/// The bytes of the configured model, none of them read yet.
+fn map_model(config: &Config) -> Result<Arc<Mapping>, StartError> {
     let mapping = match &config.model.path {
         Some(path) => Mapping::open(path).map_err(|error| StartError::Model {
             path: path.clone(),
@@ -163,7 +159,42 @@ pub fn open_model(config: &Config, slots: u16) -> Result<OpenModel, StartError> 
         })?,
         None => Mapping::built_in(built_in::NAME, built_in::file()),
     };
-    let mapping = Arc::new(mapping);
+    Ok(Arc::new(mapping))
+}
+
+/// Promises for the weights and for the buffers of a pass, before either is touched. The weights are not
+/// locked, so the kernel goes on counting them as available: nothing of that promise is called touched.
+fn reserve(
+    config: &Config,
+    mapping: &Mapping,
+    ledger: &Arc<Ledger>,
+) -> Result<Vec<Permit>, StartError> {
+    let unusable = |message: String| StartError::Model { path: mapping.path().to_owned(), message };
+    let gguf = Gguf::parse(mapping.bytes()).map_err(|error| unusable(error.to_string()))?;
+    let spec = model::inspect(&gguf, KvType::from(config.model.kv))
+        .map_err(|error| unusable(error.to_string()))?;
+    let pass_tokens = config.engine.prefill_tokens_max as u64;
+    let weights = Bytes(spec.weights_bytes);
+    let scratch = Bytes(spec.scratch_token_bytes.saturating_mul(pass_tokens));
+    let needed = weights.saturating_add(scratch);
+    let too_little =
+        |free: Bytes| StartError::NoHeadroom { path: mapping.path().to_owned(), needed, free };
+    let free = ledger.free();
+    let label = name(config, mapping.path());
+    [(Purpose::Weights, label.as_str(), weights), (Purpose::Scratch, "forward pass", scratch)]
+        .into_iter()
+        .map(|(purpose, label, bytes)| {
+            ledger.try_reserve(purpose, label, bytes).map_err(|_| too_little(free))
+        })
+        .collect()
+}
+
+fn open_mapped(
+    config: &Config,
+    mapping: Arc<Mapping>,
+    slots: u16,
+) -> Result<OpenModel, StartError> {
+    let kernels = kernels(config)?;
     let threads = threads(config);
     let options = ModelOptions {
         threads,

@@ -190,6 +190,7 @@ pub(super) mod tests {
             local_layers: 0,
             page_tokens: 4,
             kv_token_bytes: 10,
+            scratch_token_bytes: 0,
             weights_bytes: 0,
             parameters: 0,
             quantization: "F32".to_owned(),

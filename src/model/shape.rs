@@ -96,6 +96,7 @@ impl Shape {
             local_layers: narrow(self.layers.iter().filter(|layer| layer.local).count()),
             page_tokens: narrow(self.page_tokens()),
             kv_token_bytes: narrow(2 * self.kv_heads * self.head_len * value_bytes),
+            scratch_token_bytes: self.scratch_token_bytes(),
             weights_bytes: self.weights_bytes,
             parameters: self.parameters,
             quantization: self.quantization.clone(),
@@ -105,6 +106,21 @@ impl Shape {
     /// Tokens of a page of the KV cache: 64, or the largest power of two below that divides the chunk.
     pub(super) fn page_tokens(&self) -> usize {
         self.chunk.map_or(PAGE_TOKENS, |chunk| 1 << chunk.trailing_zeros().min(6))
+    }
+
+    /// Bytes of `Scratch` for each token of a pass. Attention keeps its heads' outputs, and activations exist
+    /// in up to three forms of at most 4, 2 and 2 bytes a value, once for the stream and once for an expert.
+    fn scratch_token_bytes(&self) -> u64 {
+        let (hidden, width) = (self.hidden, self.width_max());
+        let (q_len, kv_len) = (self.heads * self.head_len, self.kv_heads * self.head_len);
+        let widest = hidden.max(q_len).max(width);
+        let stream = 2 * hidden + hidden.max(q_len) + 2 * q_len + 2 * kv_len + self.head_len;
+        let routed = match self.experts_max() {
+            0 => 0,
+            experts => experts + 2 * hidden + 3 * width,
+        };
+        let values = stream + 3 * width + routed;
+        (4 * values + 2 * 8 * widest) as u64
     }
 
     /// The widest feed-forward part.

@@ -29,6 +29,8 @@ pub struct ModelSpec {
     pub page_tokens: u32,
     /// Bytes of one token's keys and values in one layer.
     pub kv_token_bytes: u32,
+    /// Bytes of the buffers of a pass for each of its tokens, rounded activations included; an upper bound.
+    pub scratch_token_bytes: u64,
     /// Bytes of all weights.
     pub weights_bytes: u64,
     /// Weights, all experts counted.
