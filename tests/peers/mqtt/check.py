@@ -267,24 +267,38 @@ def correlation_data_comes_back_byte_for_byte(house):
 def a_stream_is_numbered_and_its_final_whole(house):
     with house.client(f"{BASE}/response/#") as client:
         topic = f"{BASE}/response/stream"
-        client.publish(f"{BASE}/request/chat", ask(reply_to=topic, stream=True, max_tokens=64))
-        text, chunks, accepted = "", 0, 0
-        while True:
-            answer = json.loads(client.on(topic).payload)
-            if answer["type"] == "final":
-                break
-            if answer["type"] == "accepted":
-                accepted += 1
-                assert chunks == 0, "accepted comes first"
-                continue
-            assert answer["seq"] == chunks, answer
-            chunks += 1
-            text += answer["delta"]
-        assert accepted == 1
-        assert answer["status"] == "ok" and answer["chunks"] == chunks and chunks > 0, answer
-        assert answer["data"]["text"] == text, (text, answer)
-        client.publish(f"{BASE}/request/chat", ask(reply_to=topic, max_tokens=64))
-        assert client.final(topic)["data"]["text"] == text, "greedy answers are the same, streamed or not"
+        for _ in range(5):
+            client.publish(f"{BASE}/request/chat", ask(reply_to=topic, stream=True, max_tokens=64))
+            chunks, answer = read_stream(client, topic)
+            assert answer["status"] == "ok" and answer["chunks"] > 0, answer
+            text = answer["data"]["text"]
+            client.publish(f"{BASE}/request/chat", ask(reply_to=topic, max_tokens=64))
+            assert client.final(topic)["data"]["text"] == text, "greedy answers are the same, streamed or not"
+            # Chunks are sent at QoS 0, so a busy broker may lose one; it may not lose one every time.
+            if len(chunks) == answer["chunks"]:
+                assert "".join(chunks) == text, (chunks, answer)
+                return
+        raise AssertionError("a chunk was lost in every stream")
+
+
+def read_stream(client, topic):
+    """The deltas in order, and the final, which a broker may deliver before chunks of a lower QoS."""
+    chunks, answer = [], None
+    while answer is None or len(chunks) < answer["chunks"]:
+        try:
+            message = json.loads(client.on(topic, timeout=PATIENCE if answer is None else 3).payload)
+        except queue.Empty:
+            if answer is None:
+                raise
+            break
+        if message["type"] == "final":
+            answer = message
+        elif message["type"] == "chunk":
+            assert message["seq"] >= len(chunks), message
+            chunks.append(message["delta"])
+        else:
+            assert message["type"] == "accepted" and not chunks, message
+    return chunks, answer
 
 
 @check("embedded", "mosquitto", "v311")
@@ -432,7 +446,7 @@ def only_the_pinned_authority_is_trusted(house):
         daemon = subprocess.Popen(command + ARGUMENTS, stdout=out, stderr=subprocess.STDOUT, cwd=foreign)
         try:
             deadline = time.monotonic() + PATIENCE
-            while "UnknownIssuer" not in log.read_text(errors="replace"):
+            while "invalid peer certificate" not in log.read_text(errors="replace"):
                 assert daemon.poll() is None, log.read_text(errors="replace")
                 assert time.monotonic() < deadline, log.read_text(errors="replace")
                 time.sleep(0.1)
