@@ -46,6 +46,10 @@ def free_port():
         return s.getsockname()[1]
 
 
+def serve(http):
+    return [SCOUTD, "serve", "--set", f'rest.listen=["127.0.0.1:{http}"]']
+
+
 class House:
     """A broker and a daemon on free ports of loopback; `kind` is embedded, mosquitto, v311 or tls."""
 
@@ -85,7 +89,7 @@ class House:
         if self.kind == "tls":
             settings["mqtt.broker"] = f"mqtts://localhost:{self.tls_port}"
             settings["mqtt.ca_file"] = self.folder / "ca.crt"
-        command = [SCOUTD, "serve", "--listen", f"127.0.0.1:{self.http}"]
+        command = serve(self.http)
         for key, value in settings.items():
             command += ["--set", f"{key}={value}"]
         self.daemon = subprocess.Popen(
@@ -418,7 +422,7 @@ def a_killed_daemon_takes_its_broker_along_and_comes_back(house):
 
 @check("embedded")
 def a_second_daemon_is_told_that_the_port_is_taken(house):
-    command = [SCOUTD, "serve", "--listen", f"127.0.0.1:{free_port()}"]
+    command = serve(free_port())
     command += ["--set", f"mqtt.listen=127.0.0.1:{house.port}"] + ARGUMENTS
     done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, cwd=house.folder)
     assert done.returncode != 0
@@ -440,7 +444,7 @@ def only_the_pinned_authority_is_trusted(house):
     foreign.mkdir(exist_ok=True)
     make_certificates(foreign)
     log = foreign / "scoutd.log"
-    command = [SCOUTD, "serve", "--listen", f"127.0.0.1:{free_port()}", "--set", "mqtt.node=foreign"]
+    command = serve(free_port()) + ["--set", "mqtt.node=foreign"]
     command += ["--set", f"mqtt.broker=mqtts://localhost:{house.tls_port}", "--set", f"mqtt.ca_file={foreign}/ca.crt"]
     with open(log, "wb") as out:
         daemon = subprocess.Popen(command + ARGUMENTS, stdout=out, stderr=subprocess.STDOUT, cwd=foreign)
