@@ -57,7 +57,8 @@ pub struct RestParts {
 
 /// A server whose ports are open and which nobody serves yet.
 pub struct BoundServer {
-    server: Server,
+    /// None where there is no port.
+    server: Option<Server>,
     addresses: Vec<SocketAddr>,
     shared: Arc<Shared>,
 }
@@ -65,7 +66,7 @@ pub struct BoundServer {
 /// Ends a running server; clones end the same one.
 #[derive(Clone)]
 pub struct StopHandle {
-    server: ServerHandle,
+    server: Option<ServerHandle>,
     shared: Arc<Shared>,
 }
 
@@ -115,7 +116,10 @@ pub fn bind(config: &Config, parts: RestParts) -> io::Result<BoundServer> {
         connections: Arc::default(),
         page: page::Page::new(),
     });
-    let server = build(listeners, Arc::clone(&shared))?;
+    let server = match listeners.is_empty() {
+        true => None,
+        false => Some(build(listeners, Arc::clone(&shared))?),
+    };
     Ok(BoundServer { server, addresses, shared })
 }
 
@@ -127,15 +131,19 @@ impl BoundServer {
 
     /// What ends it.
     pub fn handle(&self) -> StopHandle {
-        StopHandle { server: self.server.handle(), shared: Arc::clone(&self.shared) }
+        let server = self.server.as_ref().map(Server::handle);
+        StopHandle { server, shared: Arc::clone(&self.shared) }
     }
 
-    /// Serves until it is stopped. Runs on any Tokio runtime; the connections live on threads of their own.
+    /// Serves until it is stopped, or not at all where there is no port. Runs on any Tokio runtime; the connections live on threads of their own.
     ///
     /// # Errors
     /// The threads could not be started.
     pub async fn run(self) -> io::Result<()> {
-        self.server.await
+        match self.server {
+            Some(server) => server.await,
+            None => Ok(()),
+        }
     }
 }
 
@@ -146,7 +154,9 @@ impl StopHandle {
         let _ = tokio::time::timeout(grace, self.shared.active.idle()).await;
         self.shared.active.cut();
         let _ = tokio::time::timeout(CUT_PATIENCE, self.shared.active.idle()).await;
-        self.server.stop(true).await;
+        if let Some(server) = &self.server {
+            server.stop(true).await;
+        }
     }
 }
 

@@ -122,6 +122,8 @@ fn an_open_lan_must_be_meant() {
     assert!(error.contains("allow_lan_without_key"), "{error}");
     let open = Config { allow_lan_without_key: true, ..config };
     assert!(rest::bind(&open, parts()).is_ok());
+    let none = Config { listen: Vec::new(), ..Config::default() };
+    assert_eq!(rest::bind(&none, parts()).expect("no HTTP is fine").addresses(), []);
     let nowhere = Config { listen: vec!["nowhere.invalid:1".to_owned()], ..Config::default() };
     let error = rest::bind(&nowhere, parts()).err().expect("unresolvable").to_string();
     assert!(error.starts_with("nowhere.invalid:1: "), "{error}");
