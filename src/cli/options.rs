@@ -22,7 +22,7 @@ pub(super) struct ConfigOptions {
     /// Threads that compute [default: chosen for this machine]
     #[arg(long, short, value_name = "COUNT")]
     threads: Option<usize>,
-    /// Set any configuration value, as in `--set rest.bind=127.0.0.1:8080` (repeatable)
+    /// Set any configuration value, as in `--set engine.slots=2` (repeatable)
     #[arg(long = "set", value_name = "SECTION.KEY=VALUE")]
     settings: Vec<String>,
 }

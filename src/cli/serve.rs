@@ -12,13 +12,25 @@ use crate::daemon;
 pub(super) struct Args {
     #[command(flatten)]
     options: ConfigOptions,
+    /// Address for HTTP instead of the configured ones, as `127.0.0.1:8080` (repeatable)
+    #[arg(long, value_name = "ADDRESS")]
+    listen: Vec<String>,
+    /// Longest context of one request in tokens [default: the model's own, but at most 8192]
+    #[arg(long, value_name = "TOKENS")]
+    context: Option<u32>,
     /// Only check the configuration and the model file, then exit
     #[arg(long)]
     check: bool,
 }
 
 pub(super) fn run(args: Args) -> anyhow::Result<ExitCode> {
-    let config = args.options.load()?;
+    let mut config = args.options.load()?;
+    if !args.listen.is_empty() {
+        config.rest.listen = args.listen;
+    }
+    if let Some(tokens) = args.context {
+        config.model.context_tokens = tokens;
+    }
     if args.check {
         daemon::check(&config)?;
         println!("configuration and model are valid");
