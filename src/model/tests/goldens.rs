@@ -36,6 +36,20 @@ impl Golden<'_> {
     }
 }
 
+/// Logits of positions around the border of the default chunk and floor, and of the last token.
+const LONG_POSITIONS: [usize; 5] = [8190, 8191, 8192, 8193, 8399];
+
+/// The tokens of `long.f32`: a linear congruence, so that any language makes them again.
+fn long_tokens() -> Vec<u32> {
+    let mut state = 12_345_u64;
+    let next = |_| {
+        state = state.wrapping_mul(6_364_136_223_846_793_005);
+        state = state.wrapping_add(1_442_695_040_888_963_407);
+        (state >> 33) as u32 % 512
+    };
+    (0..8400).map(next).collect()
+}
+
 /// The next 16 tokens after `prompt`, the likeliest each time.
 fn greedy(model: &mut Transformer, prompt: &[u32]) -> Vec<u32> {
     model.clear(SlotId(0));
@@ -98,6 +112,24 @@ fn stock_chunk_and_floor_equal_transformers() {
     for prompt in ["p1", "p2"] {
         let logits = all_logits(&mut model, &golden.u32s(&format!("{prompt}.ids")));
         assert_close(&logits, &golden.f32s(&format!("stock.{prompt}.logits")), BOUND, prompt);
+    }
+}
+
+#[test]
+fn long_contexts_cross_the_default_chunk() {
+    let bytes = include_bytes!("../../../tests/golden/tiny/long.f32");
+    let wanted: Vec<f32> = bytes
+        .chunks_exact(4)
+        .map(|four| f32::from_le_bytes(four.try_into().expect("four")))
+        .collect();
+    let mut model = Parts::tiny(true).open(&exact(1));
+    let ids = long_tokens();
+    let mut done = 0;
+    for (position, wanted) in LONG_POSITIONS.into_iter().zip(wanted.chunks_exact(512)) {
+        let rows = vec![row(0, &ids[done..=position], LogitsWanted::Last)];
+        let logits = forward(&mut model, rows);
+        assert_close(&logits, wanted, 1e-4, &format!("position {position}"));
+        done = position + 1;
     }
 }
 
