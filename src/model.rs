@@ -119,6 +119,11 @@ pub trait Model: Send {
     fn kv_bytes_in_use(&self) -> u64 {
         0
     }
+
+    /// Bytes of the buffers of a pass, apart from weights and KV: what the largest pass may touch.
+    fn scratch_bytes(&self) -> u64 {
+        0
+    }
 }
 
 /// The tokens of one pass through the model.

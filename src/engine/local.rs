@@ -98,8 +98,8 @@ pub fn start(parts: EngineParts) -> Result<Local, StartError> {
         return Err(StartError::Config(error));
     }
     let spec = model.spec().clone();
-    let scratch =
-        ledger.try_reserve(Purpose::Scratch, "logits", thread::logits_bytes(&spec, &config))?;
+    let buffers = thread::logits_bytes(&spec, &config).saturating_add(Bytes(model.scratch_bytes()));
+    let scratch = ledger.try_reserve(Purpose::Scratch, "logits and pass", buffers)?;
     let queue_max = usize::from(config.slots) + config.waiting_max;
     let preparer = Preparer {
         template,

@@ -296,6 +296,10 @@ impl Model for Transformer {
     fn kv_bytes_in_use(&self) -> u64 {
         self.kv.bytes_in_use()
     }
+
+    fn scratch_bytes(&self) -> u64 {
+        Scratch::bytes(&self.shape, self.pass_tokens_max)
+    }
 }
 
 impl PassPlan {
