@@ -39,8 +39,9 @@ python_with() {
   "$python" -m pip install --quiet --disable-pip-version-check "$@" || skip "could not install $*"
 }
 
-# The release binary, built if it is not up to date.
+# The release binary, built if it is not up to date; SCOUTD names another one.
 scoutd_binary() {
+  if [ -n "${SCOUTD:-}" ]; then scoutd=$SCOUTD; return; fi
   cargo build --release --locked --quiet || fail "the release build failed"
   scoutd=$root/target/release/scoutd
 }
