@@ -75,7 +75,7 @@ pub fn show(card: &ModelCard) -> Vec<u8> {
         "details": details(card),
         "model_info": info,
         "modified_at": modified(card),
-        "capabilities": capabilities(card),
+        "capabilities": capabilities(),
     }))
 }
 
@@ -88,7 +88,7 @@ fn entry(card: &ModelCard) -> Map<String, Value> {
     entry.insert("size".to_owned(), card.file_bytes.into());
     entry.insert("digest".to_owned(), card.digest.as_str().into());
     entry.insert("details".to_owned(), details(card));
-    entry.insert("capabilities".to_owned(), capabilities(card));
+    entry.insert("capabilities".to_owned(), capabilities());
     entry
 }
 
@@ -111,13 +111,9 @@ fn details(card: &ModelCard) -> Value {
     })
 }
 
-/// A model can be given tools if its template has a place for them.
-fn capabilities(card: &ModelCard) -> Value {
-    if card.template.contains("tools") {
-        json!(["completion", "tools"])
-    } else {
-        json!(["completion"])
-    }
+/// Every model can be given tools: where a template has no place for them, they stand in the system turn.
+fn capabilities() -> Value {
+    json!(["completion", "tools"])
 }
 
 fn modified(card: &ModelCard) -> String {

@@ -1,16 +1,22 @@
 """Compare greedy text and likeliest tokens of scoutd and llama-server on the same GGUF files.
 
-Both get token ids, so tokenizers and templates do not matter here. End-of-text tokens are forbidden on both sides, so
-that every prompt yields 64 tokens.
+Both get token ids, so tokenizers and templates do not matter here. For the greedy texts end-of-text tokens are forbidden
+on both sides, so that every prompt yields 64 tokens. The likeliest tokens are compared at every position of
+conversations from the model's corpus: text it was made for, where a tie is rare.
 """
 import argparse
 import contextlib
 import json
+import random
 import socket
 import subprocess
 import sys
 import time
 import urllib.request
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[3] / "models/recipe"))
+from corpus import conversation  # noqa: E402
 
 TOKENS = 64
 SYSTEM = """You are scout, the assistant of this home.
@@ -41,6 +47,21 @@ REQUESTS = [
 def prompt(request: str) -> str:
     turn = "<|header_start|>{}<|header_end|>\n\n{}<|eot|>".format
     return "<|begin_of_text|>" + turn("system", SYSTEM) + turn("user", request) + "<|header_start|>assistant<|header_end|>\n\n"
+
+
+def conversations(count: int) -> list[str]:
+    """Whole conversations as the template renders them."""
+    turn = "<|header_start|>{}<|header_end|>\n\n{}<|eot|>".format
+    texts = []
+    for n in range(count):
+        system, turns = conversation(random.Random(n), "seen", 4)
+        parts = ["<|begin_of_text|>", turn("system", system)]
+        for t in turns:
+            parts += [turn("user", t.user), turn("assistant", t.answer)]
+            if t.result:
+                parts += [turn("ipython", t.result), turn("assistant", t.reply)]
+        texts.append("".join(parts))
+    return texts
 
 
 def free_port() -> int:
@@ -93,6 +114,12 @@ def rival_greedy(port: int, ids: list[int], banned: list[int]) -> list[int]:
     return call(port, "/completion", body)["tokens"]
 
 
+def rival_best(port: int, ids: list[int]) -> list[str]:
+    """The text of what the rival finds likeliest after each beginning of `ids`."""
+    body = {"n_predict": 1, "temperature": 0, "cache_prompt": True}
+    return [call(port, "/completion", body | {"prompt": ids[:n]})["content"] for n in range(1, len(ids))]
+
+
 def our_greedy(port: int, ids: list[int], banned: list[int]) -> list[str]:
     """The generated tokens as text pieces: the completions API answers in text."""
     body = {"prompt": ids, "max_tokens": TOKENS, "temperature": 0, "logprobs": 1,
@@ -100,15 +127,11 @@ def our_greedy(port: int, ids: list[int], banned: list[int]) -> list[str]:
     return call(port, "/v1/completions", body)["choices"][0]["logprobs"]["tokens"]
 
 
-def our_best(port: int, ids: list[int]) -> list[tuple[str, str]]:
-    """For each token of `ids`: its text, and the text of what we find likeliest there."""
+def our_best(port: int, ids: list[int]) -> list[str]:
+    """The text of what we find likeliest after each beginning of `ids`."""
     body = {"prompt": ids, "max_tokens": 0, "echo": True, "logprobs": 1, "temperature": 0}
     scored = call(port, "/v1/completions", body)["choices"][0]["logprobs"]
-    pairs = []
-    for token, own, top in zip(scored["tokens"], scored["token_logprobs"], scored["top_logprobs"]):
-        best = token if not top or max(top.values()) <= own else max(top, key=top.get)
-        pairs.append((token, best))
-    return pairs
+    return [max(top, key=top.get) for top in scored["top_logprobs"][1:]]
 
 
 def main() -> None:
@@ -136,17 +159,16 @@ def main() -> None:
     print(f"F32: {equal} of {len(prompts)} greedy continuations of {TOKENS} tokens equal")
     failed |= equal != len(prompts)
 
-    for name, model in (("Q8_0", a.q8), ("Q4_0", a.q4)):
+    for name, model in (("F32", a.f32), ("Q8_0", a.q8), ("Q4_0", a.q4)):
         with rival(a.rival, model, port):
-            theirs = [rival_greedy(port, ids, banned) for ids in prompts]
-        same = total = 0
+            texts = [tokenize(text) for text in conversations(12)]
+            theirs = [rival_best(port, ids) for ids in texts]
         with ours(a.scoutd, model, own):
-            for ids, answer in zip(prompts, theirs):
-                for token, best in our_best(own, ids + answer)[len(ids):]:
-                    same += token == best
-                    total += 1
-        share = 100 * same / total
-        print(f"{name}: likeliest token equal on {share:.1f} % of {total} positions")
+            best = [our_best(own, ids) for ids in texts]
+        # llama-server writes control tokens as nothing, so positions where they are likeliest do not count.
+        pairs = [(x, y) for one, other in zip(theirs, best) for x, y in zip(one, other) if x and "\ufffd" not in x]
+        share = 100 * sum(x == y for x, y in pairs) / len(pairs)
+        print(f"{name}: likeliest token equal on {share:.1f} % of {len(pairs)} positions")
         failed |= share < 95
     if failed:
         sys.exit("FAILED: llama.cpp and scoutd disagree")
