@@ -42,6 +42,9 @@ pub(super) struct Args {
     /// The model's name in the file; by default the folder's
     #[arg(long)]
     name: Option<String>,
+    /// The model knows its tools from training: never list them in prompts whose template ignores tools
+    #[arg(long)]
+    knows_tools: bool,
     /// Bytes that tensors are aligned to, a power of two; 32 makes small models smaller
     #[arg(long, value_name = "BYTES", default_value_t = ALIGNMENT_OURS, value_parser = alignment)]
     align: u32,
@@ -70,6 +73,7 @@ pub(super) fn run(args: Args) -> anyhow::Result<ExitCode> {
         source: args.source,
         recipe,
         name: args.name,
+        knows_tools: args.knows_tools,
         alignment: args.align,
         threads: args.threads,
         resume: args.resume,

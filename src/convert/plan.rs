@@ -8,7 +8,7 @@ use super::error::ConvertError;
 use super::input::{GgufInput, Input};
 use super::mapping::{self, MappingError, Source};
 use super::pieces::Tensor;
-use super::recipe::{Candidate, Recipe};
+use super::recipe::Candidate;
 use super::run::Options;
 use super::vocabulary::{self, Wanted};
 use crate::gguf::{GgufHeader, Mapping};
@@ -104,7 +104,7 @@ fn of_checkpoint(dir: &Path, options: &Options) -> Result<(Plan, Checkpoint), Co
 
     let name = options.name.clone().unwrap_or_else(|| folder_name(dir));
     let mut header = GgufHeader::new(options.alignment);
-    general_keys(&mut header, config.family.name(), &name, &options.recipe);
+    general_keys(&mut header, config.family.name(), &name, options);
     model_keys(&mut header, &config);
     language.write(&mut header);
 
@@ -138,9 +138,9 @@ fn of_gguf(input: &GgufInput, path: &Path, options: &Options) -> Result<Plan, Co
     let own = metadata.str_opt("general.name").map_err(|error| wrong(error.to_string()))?;
     let name = options.name.as_deref().or(own).map_or_else(|| folder_name(path), str::to_owned);
     let mut header = GgufHeader::new(options.alignment);
-    general_keys(&mut header, architecture, &name, &options.recipe);
+    general_keys(&mut header, architecture, &name, options);
     for (key, value) in metadata.iter() {
-        if !OWN_KEYS.contains(&key) {
+        if !OWN_KEYS.contains(&key) && !(key == LISTS_TOOLS && options.knows_tools) {
             header.value(key, value);
         }
     }
@@ -223,15 +223,21 @@ fn check_types(source: &Source, input: &dyn Input) -> Result<(), ConvertError> {
     }
 }
 
-fn general_keys(header: &mut GgufHeader, architecture: &str, name: &str, recipe: &Recipe) {
+fn general_keys(header: &mut GgufHeader, architecture: &str, name: &str, options: &Options) {
     header.str("general.architecture", architecture);
     header.str("general.type", "model");
     header.str("general.name", name);
-    header.u32("general.file_type", recipe.file_type());
+    header.u32("general.file_type", options.recipe.file_type());
     header.u32("general.quantization_version", 2);
-    header.str("scoutd.convert.recipe", &recipe.to_string());
+    header.str("scoutd.convert.recipe", &options.recipe.to_string());
     header.str("scoutd.convert.version", env!("CARGO_PKG_VERSION"));
+    if options.knows_tools {
+        header.bool(LISTS_TOOLS, false);
+    }
 }
+
+/// Read by `template`: whether tools are listed in the prompt of a template that ignores them.
+const LISTS_TOOLS: &str = "scoutd.template.lists_tools";
 
 /// The keys that [`general_keys`] and the header write; not taken over from a source file.
 const OWN_KEYS: [&str; 8] = [

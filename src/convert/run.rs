@@ -29,6 +29,9 @@ pub struct Options {
     pub recipe: Recipe,
     /// `general.name`; that of the folder or file if absent.
     pub name: Option<String>,
+    /// The model knows its tools from training, so a template without a place for tools stays without them
+    /// (`scoutd.template.lists_tools` = false).
+    pub knows_tools: bool,
     /// Of tensors in the file; a power of two.
     pub alignment: u32,
     /// All cores if absent. Fewer are used where more would exceed the memory bound.

@@ -126,6 +126,7 @@ fn options(source: &Path, target: &Path, base: &str) -> Options {
         target: target.to_path_buf(),
         recipe: Recipe { base: base.parse().unwrap(), overrides: Vec::new() },
         name: None,
+        knows_tools: false,
         alignment: 64,
         threads: Some(2),
         resume: false,
@@ -212,12 +213,28 @@ fn keys_are_those_of_the_container() {
     assert_eq!(keys.f32("scoutd.attn_floor_scale").unwrap(), 16.0);
     assert_eq!(keys.str("tokenizer.ggml.pre").unwrap(), "gpt-2");
     assert_eq!(keys.str("tokenizer.chat_template").unwrap(), "x");
+    assert!(keys.get("scoutd.template.lists_tools").is_none());
     assert_eq!(keys.strings("tokenizer.ggml.tokens").unwrap().len(), VOCAB as usize);
     assert!(!keys.bool("tokenizer.ggml.add_bos_token").unwrap());
     assert!(gguf.tensors().iter().all(|tensor| tensor.offset.is_multiple_of(64)));
     let resident = gguf.tensors().iter().rposition(|tensor| !tensor.name.contains("_exps"));
     let expert = gguf.tensors().iter().position(|tensor| tensor.name.contains("_exps"));
     assert!(resident < expert, "experts come last");
+}
+
+#[test]
+fn tools_known_from_training_are_written_down_and_kept() {
+    let checkpoint = Checkpoint::new();
+    let mut options = checkpoint.options("q8_0");
+    options.knows_tools = true;
+    convert(&options, &Silent).unwrap();
+    let again = checkpoint.path("again.gguf");
+    convert(&self::options(&options.target, &again, "q4_0"), &Silent).unwrap();
+    for file in [&options.target, &again] {
+        let mapping = Mapping::open(file).unwrap();
+        let gguf = Gguf::parse(mapping.bytes()).unwrap();
+        assert!(!gguf.metadata().bool("scoutd.template.lists_tools").unwrap());
+    }
 }
 
 #[test]
