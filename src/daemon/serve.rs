@@ -14,6 +14,7 @@ use tokio::signal::unix::{Signal, SignalKind, signal};
 use super::assembly::Assembly;
 use super::{StartError, facts, notify};
 use crate::config::Config;
+use crate::engine::Local;
 use crate::mqtt::{self, MqttDoor, MqttError, MqttParts};
 use crate::rest::{self, BoundServer, Keys, Readiness, RestParts, StopHandle};
 
@@ -40,7 +41,7 @@ pub fn serve(config: Config, announce: impl FnOnce(&[String])) -> Result<(), Sta
         }
         announce(&banner(&assembly, &doors, start.elapsed()));
         notify::ready(assembly.summary());
-        let watchdog = tokio::spawn(watchdog(doors.addresses.first().copied()));
+        let watchdog = tokio::spawn(watchdog(Arc::clone(&assembly.local), doors.addresses.first().copied()));
         let name = signals.next().await;
         watchdog.abort();
         info!(target: "daemon", signal = name; "draining");
@@ -228,8 +229,8 @@ impl Signals {
     }
 }
 
-/// Tells the service manager that we live, as long as the HTTP door really answers.
-async fn watchdog(http: Option<SocketAddr>) {
+/// Tells the service manager that we live, as long as the engine can and the HTTP door really does answer.
+async fn watchdog(engine: Arc<Local>, http: Option<SocketAddr>) {
     let Some(period) = notify::watchdog_period() else { return };
     let mut clock = tokio::time::interval(period);
     loop {
@@ -238,10 +239,12 @@ async fn watchdog(http: Option<SocketAddr>) {
             Some(address) => answers(address, period).await,
             None => true,
         };
-        if alive {
-            notify::watchdog();
-        } else {
+        if !engine.is_usable() {
+            warn!(target: "daemon", "the engine is not usable");
+        } else if !alive {
             warn!(target: "daemon", address:? = http; "the HTTP door does not answer");
+        } else {
+            notify::watchdog();
         }
     }
 }

@@ -72,6 +72,8 @@ pub(super) struct Shared {
     pub(super) ledger: Arc<Ledger>,
     pub(super) metrics: Arc<Metrics>,
     pub(super) inbox: Arc<Inbox>,
+    /// Cleared when the model can no longer be trusted.
+    pub(super) usable: AtomicBool,
     /// Bytes that ended sequences would give back.
     pub(super) resting_bytes: AtomicU64,
     load: Mutex<Load>,
@@ -114,6 +116,7 @@ pub fn start(parts: EngineParts) -> Result<Local, StartError> {
         ledger,
         metrics,
         inbox: Arc::new(Inbox::default()),
+        usable: AtomicBool::new(true),
         resting_bytes: AtomicU64::new(0),
         load: Mutex::new(Load { free_places: usize::from(config.slots), ..Load::default() }),
         places: Places::new(queue_max),
@@ -138,10 +141,11 @@ impl Local {
         self.shared.places.len()
     }
 
-    /// Whether the engine thread still runs; it ends early only if the model cannot be brought back into a
-    /// defined state after a panic.
-    pub fn is_alive(&self) -> bool {
-        self.thread.as_ref().is_some_and(|thread| !thread.is_finished())
+    /// Whether requests can still be answered. They cannot if the model could not be brought back into a
+    /// defined state after a panic: then only a restart helps.
+    pub fn is_usable(&self) -> bool {
+        let runs = self.thread.as_ref().is_some_and(|thread| !thread.is_finished());
+        runs && self.shared.usable.load(Ordering::SeqCst)
     }
 
     fn refusal(&self, request: &ChatRequest) -> Option<ChatError> {

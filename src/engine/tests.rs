@@ -507,7 +507,7 @@ fn a_panic_costs_the_running_requests_only() {
     let failed = bench.refusal(prompt("x"));
     assert!(matches!(failed, ChatError::Internal(_)), "{failed:?}");
     assert_eq!(bench.text(prompt("a prompt that rests")), "abc");
-    assert!(bench.local.is_alive());
+    assert!(bench.local.is_usable());
     let ledger = Arc::clone(&bench.ledger);
     drop(bench);
     assert_eq!(ledger.promised(), Bytes(0));

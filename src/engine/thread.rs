@@ -2,8 +2,8 @@
 //!
 //! Each round: take in submissions, drop what nobody reads, give out slots, plan, forward, sample, commit,
 //! send. If a round panics, every request in it gets `Internal`, all slots are cleared and the thread goes on
-//! with an empty scheduler; if the slots cannot be cleared either, the thread ends and every later request is
-//! refused with `Internal`.
+//! with an empty scheduler; if the slots cannot be cleared either, every later request is refused with
+//! `Internal`, and the watchdog of the service manager is no longer served.
 
 mod slots;
 mod step;
@@ -371,6 +371,7 @@ impl Engine {
 
     /// The model is unusable: everything is refused until the front is dropped.
     fn refuse_forever(mut self) {
+        self.shared.usable.store(false, Ordering::SeqCst);
         let broken = || ChatError::Internal("the engine has ended".to_owned());
         self.fail_all(broken);
         loop {
