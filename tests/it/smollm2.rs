@@ -124,3 +124,67 @@ fn served_scores_and_perplexity_equal_llama_cpp() {
     // 25.68, so a narrower bound would test luck.
     assert!((perplexity / 25.575 - 1.0).abs() <= 0.01, "{perplexity}");
 }
+
+/// The likeliest tokens, one after the other.
+fn greedy(model: &mut dyn Model, prompt: &[u32], count: usize) -> Vec<u32> {
+    let slot = SlotId(0);
+    model.clear(slot);
+    let mut logits = Vec::new();
+    let mut tokens: Vec<TokenId> = prompt.iter().map(|&id| TokenId(id)).collect();
+    let mut answer = Vec::new();
+    for _ in 0..count {
+        let rows = vec![BatchRow { slot, tokens, wants_logits: LogitsWanted::Last }];
+        model.forward(&Batch { rows }, &mut logits).expect("a good batch");
+        let best = (0..logits.len()).reduce(|a, b| if logits[b] > logits[a] { b } else { a });
+        let best = u32::try_from(best.expect("a vocabulary")).expect("an id");
+        answer.push(best);
+        tokens = vec![TokenId(best)];
+    }
+    answer
+}
+
+/// Where an answer leaves a reference, and how far the reference's choice was ahead of the next there.
+fn departure(answer: &[u32], reference: &Value) -> Option<(usize, f64)> {
+    let wanted = ids(&reference["ids"]);
+    let at = answer.iter().zip(&wanted).position(|(found, wanted)| found != wanted)?;
+    Some((at, reference["gaps"][at].as_f64().expect("a gap")))
+}
+
+fn greedy_departures(
+    precision: Precision,
+    references: &[&str],
+) -> Option<Vec<Vec<Option<(usize, f64)>>>> {
+    let mut model = model(precision)?;
+    let golden = golden(include_str!("../peers/smollm2/golden.json"));
+    let chats = golden["greedy"].as_array().expect("chats").iter();
+    let departures = chats.map(|chat| {
+        let of = |name: &&str| {
+            let count = ids(&chat[*name]["ids"]).len();
+            (chat[*name].clone(), count)
+        };
+        let references: Vec<(Value, usize)> = references.iter().map(of).collect();
+        let count = references.iter().map(|(_, count)| *count).max().expect("a reference");
+        let answer = greedy(&mut *model, &ids(&chat["prompt_ids"]), count);
+        let found = references.iter().map(|(reference, _)| departure(&answer, reference)).collect();
+        println!("{precision:?} {}: {found:?}", chat["name"]);
+        found
+    });
+    Some(departures.collect())
+}
+
+#[test]
+fn exact_greedy_answers_equal_transformers() {
+    let Some(chats) = greedy_departures(Precision::Exact, &["f32"]) else { return };
+    assert_eq!(chats.len(), 4);
+    assert!(chats.iter().all(|references| references[0].is_none()), "{chats:?}");
+}
+
+#[test]
+fn served_greedy_answers_equal_a_reference_up_to_near_ties() {
+    let Some(chats) = greedy_departures(Precision::Int8, &["llama_cpp", "f32"]) else { return };
+    assert_eq!(chats.len(), 4);
+    for references in chats {
+        let near = |found: &Option<(usize, f64)>| found.is_none_or(|(_, gap)| gap <= 0.4);
+        assert!(references.iter().any(near), "{references:?}");
+    }
+}
