@@ -140,7 +140,8 @@ fn of_gguf(input: &GgufInput, path: &Path, options: &Options) -> Result<Plan, Co
     let mut header = GgufHeader::new(options.alignment);
     general_keys(&mut header, architecture, &name, options);
     for (key, value) in metadata.iter() {
-        if !OWN_KEYS.contains(&key) && !(key == LISTS_TOOLS && options.knows_tools) {
+        let rewritten = key == LISTS_TOOLS && options.knows_tools;
+        if !rewritten && !OWN_KEYS.contains(&key) {
             header.value(key, value);
         }
     }

@@ -143,29 +143,27 @@ fn greedy(model: &mut dyn Model, prompt: &[u32], count: usize) -> Vec<u32> {
     answer
 }
 
-/// Where an answer leaves a reference, and how far the reference's choice was ahead of the next there.
-fn departure(answer: &[u32], reference: &Value) -> Option<(usize, f64)> {
+/// Where an answer leaves a reference, and how far the reference's choice was ahead of the next there; `None` if it
+/// never does.
+type Departure = Option<(usize, f64)>;
+
+fn departure(answer: &[u32], reference: &Value) -> Departure {
     let wanted = ids(&reference["ids"]);
     let at = answer.iter().zip(&wanted).position(|(found, wanted)| found != wanted)?;
     Some((at, reference["gaps"][at].as_f64().expect("a gap")))
 }
 
-fn greedy_departures(
-    precision: Precision,
-    references: &[&str],
-) -> Option<Vec<Vec<Option<(usize, f64)>>>> {
+/// For each chat its departures from each reference.
+fn greedy_departures(precision: Precision, references: &[&str]) -> Option<Vec<Vec<Departure>>> {
     let mut model = model(precision)?;
     let golden = golden(include_str!("../peers/smollm2/golden.json"));
     let chats = golden["greedy"].as_array().expect("chats").iter();
     let departures = chats.map(|chat| {
-        let of = |name: &&str| {
-            let count = ids(&chat[*name]["ids"]).len();
-            (chat[*name].clone(), count)
-        };
-        let references: Vec<(Value, usize)> = references.iter().map(of).collect();
-        let count = references.iter().map(|(_, count)| *count).max().expect("a reference");
-        let answer = greedy(&mut *model, &ids(&chat["prompt_ids"]), count);
-        let found = references.iter().map(|(reference, _)| departure(&answer, reference)).collect();
+        let count = |name: &&str| ids(&chat[*name]["ids"]).len();
+        let longest = references.iter().map(count).max().expect("a reference");
+        let answer = greedy(&mut *model, &ids(&chat["prompt_ids"]), longest);
+        let found: Vec<Departure> =
+            references.iter().map(|name| departure(&answer, &chat[*name])).collect();
         println!("{precision:?} {}: {found:?}", chat["name"]);
         found
     });
@@ -184,7 +182,7 @@ fn served_greedy_answers_equal_a_reference_up_to_near_ties() {
     let Some(chats) = greedy_departures(Precision::Int8, &["llama_cpp", "f32"]) else { return };
     assert_eq!(chats.len(), 4);
     for references in chats {
-        let near = |found: &Option<(usize, f64)>| found.is_none_or(|(_, gap)| gap <= 0.4);
+        let near = |found: &Departure| found.is_none_or(|(_, gap)| gap <= 0.4);
         assert!(references.iter().any(near), "{references:?}");
     }
 }
