@@ -191,6 +191,12 @@ impl Tokenizer {
         self.texts.get(token.0).unwrap_or_default()
     }
 
+    /// Bytes of the longest token: no text has fewer tokens than its bytes divided by this. Looks at all tokens.
+    pub fn longest_token_bytes(&self) -> usize {
+        let ids = (0..).take(self.vocab_len()).map(TokenId);
+        ids.map(|token| self.token_bytes(token).len()).max().unwrap_or(1).max(1)
+    }
+
     /// A token's bytes as text, U+FFFD for what is not UTF-8.
     pub fn text_of(&self, token: TokenId) -> Cow<'_, str> {
         String::from_utf8_lossy(self.token_bytes(token))

@@ -103,11 +103,13 @@ pub fn start(parts: EngineParts) -> Result<Local, StartError> {
     let buffers = thread::logits_bytes(&spec, &config).saturating_add(Bytes(model.scratch_bytes()));
     let scratch = ledger.try_reserve(Purpose::Scratch, "logits and pass", buffers)?;
     let queue_max = usize::from(config.slots) + config.waiting_max;
+    let longest_token_bytes = template.tokenizer().longest_token_bytes();
     let preparer = Preparer {
         template,
         grammars: Grammars::new(Arc::clone(&ledger)),
         context_tokens: card.context_tokens.min(spec.context_len),
         vocab_len: spec.vocab_len,
+        longest_token_bytes,
         config: config.clone(),
     };
     let shared = Arc::new(Shared {

@@ -22,6 +22,8 @@ pub(super) struct Preparer {
     pub(super) context_tokens: u32,
     /// Tokens the model knows.
     pub(super) vocab_len: u32,
+    /// Bytes of the longest of them.
+    pub(super) longest_token_bytes: usize,
     pub(super) config: Config,
 }
 
@@ -42,7 +44,10 @@ impl Preparer {
                 };
                 (self.conversation(&parts, messages, tools, context)?, tools.to_vec())
             }
-            Input::Text(text) => (self.text(text)?, Vec::new()),
+            Input::Text(text) => {
+                self.check_length(text.len(), context)?;
+                (self.text(text)?, Vec::new())
+            }
             Input::Tokens(tokens) => (tokens.clone(), Vec::new()),
         };
         self.check_tokens("prompt", prompt.iter().copied())?;
@@ -86,6 +91,15 @@ impl Preparer {
         }
     }
 
+    /// Refuses what cannot fit however well it compresses, before time goes into making tokens of megabytes.
+    fn check_length(&self, bytes: usize, context: u32) -> Result<(), ChatError> {
+        let least = bytes / self.longest_token_bytes;
+        if least <= context as usize {
+            return Ok(());
+        }
+        Err(ChatError::ContextTooLong { prompt: u32::try_from(least).unwrap_or(u32::MAX), context })
+    }
+
     fn check_tokens(
         &self,
         param: &str,
@@ -116,6 +130,7 @@ impl Preparer {
         let mut options = RenderOptions::at(now);
         options.variables = parts.template_args.clone();
         let render = |messages: &[Message]| -> Result<Vec<TokenId>, ChatError> {
+            self.check_length(messages.iter().map(|message| message.content.len()).sum(), context)?;
             let prompt = self.template.render(messages, tools, &options).map_err(refusal)?;
             let tokens = prompt
                 .tokens(self.tokenizer())
@@ -125,11 +140,15 @@ impl Preparer {
                 false => Ok(tokens),
             }
         };
-        let whole = render(messages)?;
+        let too_long = |error: &ChatError| matches!(error, ChatError::ContextTooLong { .. });
+        let whole = match render(messages) {
+            Err(error) if parts.truncate && too_long(&error) => None,
+            other => Some(other?),
+        };
         let wanted = parts.max_tokens.unwrap_or(self.config.default_max_tokens);
         let room = wanted.min(context / 4).max(1) as usize;
         let fits = |tokens: &[TokenId]| tokens.len() + room <= context as usize;
-        if !parts.truncate || fits(&whole) {
+        if let Some(whole) = whole.filter(|tokens| !parts.truncate || fits(tokens)) {
             return Ok(whole);
         }
         // The fewest turns dropped that make it fit; a shorter conversation is never longer in tokens.
@@ -138,10 +157,10 @@ impl Preparer {
         let mut best = render(&without(messages, &turns, enough))?;
         while enough - too_few > 1 {
             let middle = usize::midpoint(too_few, enough);
-            let tokens = render(&without(messages, &turns, middle))?;
-            match fits(&tokens) {
-                true => (enough, best) = (middle, tokens),
-                false => too_few = middle,
+            match render(&without(messages, &turns, middle)) {
+                Ok(tokens) if fits(&tokens) => (enough, best) = (middle, tokens),
+                Err(error) if !too_long(&error) => return Err(error),
+                _ => too_few = middle,
             }
         }
         Ok(best)

@@ -462,6 +462,15 @@ fn wrong_requests_are_refused_by_name() {
     assert_eq!(message, "prompt: token 5000 is not in the vocabulary of 259");
     let long = prompt(&"x".repeat(300));
     assert_eq!(bench.refusal(long), ChatError::ContextTooLong { prompt: 301, context: 256 });
+    // A byte is a token here, but the longest token has more: the count tells that none were made.
+    for huge in [
+        Input::Text("x".repeat(1 << 20)),
+        Input::Messages(vec![Message::text(Role::User, "x".repeat(1 << 20))]),
+    ] {
+        let refused = bench.refusal(request(huge));
+        let ChatError::ContextTooLong { prompt, .. } = refused else { panic!("{refused:?}") };
+        assert!((257..1 << 20).contains(&prompt), "{prompt}");
+    }
 }
 
 #[test]

@@ -524,7 +524,6 @@ impl Door {
                 self.settle(&key);
                 self.requests.end(&key, message.clone(), Instant::now());
                 self.outbox.push(message, Keep::Final);
-                self.count(reason);
                 self.publish_completion(event, key.id.as_str(), reason);
                 self.publish_state();
             }
