@@ -31,8 +31,12 @@ async fn an_mqtt5_request_gets_one_answer_with_its_correlation_data() {
     assert_eq!(answer["data"]["finish_reason"], "stop");
     assert_eq!(answer["data"]["model"], "parrot");
     assert_eq!(answer["data"]["usage"]["completion_tokens"], 5);
-    let counted = house.metrics.requests.with_label_values(&["mqtt", "stop"]).get();
-    assert_eq!(counted, 1);
+    // Whoever answers counts the answer; the door counts only what it refuses itself.
+    let counted = |reason| house.metrics.requests.with_label_values(&["mqtt", reason]).get();
+    assert_eq!((counted("stop"), counted("invalid")), (0, 0));
+    client.request(CHAT, "no JSON", ANSWER, &correlation).await;
+    assert_eq!(client.next().await.json()["code"], "invalid");
+    assert_eq!((counted("stop"), counted("invalid")), (0, 1));
 }
 
 #[tokio::test]
