@@ -332,6 +332,10 @@ impl Door {
             self.unsettled.push((key.clone(), self.link_number, ack));
         }
         let model = self.parts.router.find(request.model());
+        if model.is_none() {
+            // No backend will see it, so none counts it.
+            self.count("unknown_model");
+        }
         let job = Job {
             key,
             target,

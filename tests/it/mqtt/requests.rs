@@ -175,6 +175,9 @@ async fn bad_payloads_are_answered_and_name_what_is_wrong() {
         assert!(error.contains(named), "{shown}: {error}");
     }
     assert_eq!(house.script.asked(), 0);
+    // What reaches a backend is counted there.
+    let counted = house.metrics.requests.with_label_values(&["mqtt", "invalid"]).get();
+    assert_eq!(counted, cases.len() as u64);
     client.request(CHAT, r#"{"prompt":"still here"}"#, ANSWER, b"corr").await;
     assert_eq!(client.final_on(ANSWER).await["data"]["text"], "still here");
 }
@@ -192,6 +195,8 @@ async fn refusals_carry_code_and_when_to_retry() {
     client.request(CHAT, r#"{"prompt":"x","model":"no-such"}"#, ANSWER, b"c").await;
     let answer = client.final_on(ANSWER).await;
     assert_eq!(answer["code"], "unknown_model");
+    let counted = house.metrics.requests.with_label_values(&["mqtt", "unknown_model"]).get();
+    assert_eq!(counted, 1);
     assert!(answer["error"].as_str().is_some_and(|error| error.contains("no-such")));
     client.request("scoutd/pi5/request/dance", "{}", ANSWER, b"c").await;
     assert_eq!(client.final_on(ANSWER).await["code"], "invalid");
