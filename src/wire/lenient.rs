@@ -132,7 +132,7 @@ impl<'de, T: Deserialize<'de>, const MAX: usize> Deserialize<'de> for List<T, MA
                 f.write_str("a list")
             }
             fn visit_seq<A: SeqAccess<'de>>(self, mut seq: A) -> Result<Self::Value, A::Error> {
-                Ok(List(read_list(&mut seq, MAX)?))
+                Ok(List(read_list(Vec::new(), &mut seq, MAX)?))
             }
         }
         deserializer.deserialize_seq(ListVisitor(PhantomData))
@@ -167,7 +167,7 @@ impl<'de, const MAX: usize> Deserialize<'de> for Texts<MAX> {
                 Ok(Texts(vec![text.to_owned()]))
             }
             fn visit_seq<A: SeqAccess<'de>>(self, mut seq: A) -> Result<Self::Value, A::Error> {
-                Ok(Texts(read_list(&mut seq, MAX)?))
+                Ok(Texts(read_list(Vec::new(), &mut seq, MAX)?))
             }
         }
         deserializer.deserialize_any(TextsVisitor)
@@ -217,12 +217,12 @@ impl<'de> Deserialize<'de> for Presence {
     }
 }
 
-/// Reads a list, refusing to store more than `max` entries.
+/// Reads the rest of a list of which `items` were read, refusing to store more than `max` entries in all.
 pub(super) fn read_list<'de, T: Deserialize<'de>, A: SeqAccess<'de>>(
+    mut items: Vec<T>,
     seq: &mut A,
     max: usize,
 ) -> Result<Vec<T>, A::Error> {
-    let mut items = Vec::new();
     while let Some(item) = seq.next_element()? {
         if items.len() == max {
             return Err(too_many(max));

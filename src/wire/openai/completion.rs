@@ -263,9 +263,7 @@ impl<'de> Deserialize<'de> for Prompts {
                 match seq.next_element::<Entry>()? {
                     None => Ok(Prompts::Texts(Vec::new())),
                     Some(Entry::Text(first)) => {
-                        let mut texts = vec![first];
-                        texts.append(&mut read_list(&mut seq, PROMPTS_MAX - 1)?);
-                        Ok(Prompts::Texts(texts))
+                        Ok(Prompts::Texts(read_list(vec![first], &mut seq, PROMPTS_MAX)?))
                     }
                     Some(Entry::Id(first)) => {
                         let mut ids = vec![first];
@@ -286,14 +284,12 @@ fn id_lists<'de, A: SeqAccess<'de>>(
     first: Vec<TokenId>,
     seq: &mut A,
 ) -> Result<Vec<Vec<TokenId>>, A::Error> {
-    let mut lists = vec![first];
-    for entry in read_list::<Entry, A>(seq, PROMPTS_MAX - 1)? {
-        match entry {
-            Entry::Ids(ids) => lists.push(ids),
-            _ => return Err(A::Error::custom("prompts of one request must be of one kind")),
-        }
-    }
-    Ok(lists)
+    let entries = read_list(vec![Entry::Ids(first)], seq, PROMPTS_MAX)?;
+    let ids = entries.into_iter().map(|entry| match entry {
+        Entry::Ids(ids) => Ok(ids),
+        _ => Err(A::Error::custom("prompts of one request must be of one kind")),
+    });
+    ids.collect()
 }
 
 /// The answer to a request that does not stream; `replies` in the order of the choices.

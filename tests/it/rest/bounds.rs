@@ -156,7 +156,8 @@ fn lists_are_bounded_before_they_are_stored() {
     }
     let prompts = format!(r#"{{"prompt":[{}]}}"#, many(r#""x""#, 129));
     let response = server.post("/v1/completions", &prompts);
-    assert!(response.text().contains("prompt: more than 127 entries") || response.status == 400);
+    assert_eq!(response.status, 400);
+    assert!(response.text().contains("prompt: more than 128 entries"), "{}", response.text());
     let schema = format!(
         r#"{{"messages":[{{"role":"user","content":"x"}}],"format":{{"x":"{}"}}}}"#,
         "y".repeat(70_000)
