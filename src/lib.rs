@@ -19,11 +19,21 @@ pub mod template;
 
 pub mod memory;
 
+pub mod egress;
+
+pub mod residency;
+
 pub mod model;
+
+pub mod store;
 
 pub mod engine;
 
 pub mod wire;
+
+pub mod peer;
+
+pub mod fusion;
 
 pub mod rest;
 

@@ -1,0 +1,1 @@
+//! Outgoing HTTP: every address is resolved and checked before it is connected to.

@@ -1,0 +1,1 @@
+//! Other servers as backends: scoutd, Ollama and whatever speaks the OpenAI protocol.
