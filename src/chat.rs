@@ -7,8 +7,12 @@
 mod backend;
 mod error;
 mod event;
+mod fault;
+mod fusion;
 mod message;
+mod report;
 mod request;
+mod score;
 
 pub use backend::{Backend, ModelCard, Router};
 pub use error::ChatError;
@@ -16,8 +20,17 @@ pub use event::{
     Alternative, ChatEvent, ChatSender, ChatStream, Completion, FinishReason, Reply, ReplyBuilder,
     Timings, TokenLogprob, Usage,
 };
+pub use fault::{Fault, FaultReason, MemberState};
+pub use fusion::{
+    AnswerForm, FusionMode, FusionRequest, Include, JudgeChoice, JudgeMethod, MergeStyle, NoQuorum,
+};
 pub use message::{Message, Role, Tool, ToolCall, ToolChoice};
+pub use report::{
+    Analysis, FusionProgress, FusionReport, FusionTiming, JudgeReport, MemberReport, MemberUsage,
+    ModeUsed, QuorumReport, Scope, SentenceReport,
+};
 pub use request::{
     ChatRequest, ChatRequestParts, Input, Limits, ModelName, Origin, OutputFormat, Priority,
     RequestId, SamplingParams,
 };
+pub use score::{BoxFuture, ScoreReply, ScoreRequest};

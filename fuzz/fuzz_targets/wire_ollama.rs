@@ -55,6 +55,7 @@ fn answer(text: &str, caller: &Caller) {
         finish: FinishReason::Stop,
         usage: Usage::default(),
         timings: Timings::default(),
+        fusion: None,
     };
     let said = ChatEvent::Delta { text: text.to_owned(), logprobs: Vec::new() };
     for event in [said, ChatEvent::Done(done)] {

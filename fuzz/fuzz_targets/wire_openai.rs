@@ -56,6 +56,7 @@ fn answer(text: &str) {
         finish: FinishReason::Stop,
         usage: Usage::default(),
         timings: Timings::default(),
+        fusion: None,
     };
     for event in [
         ChatEvent::Delta { text: text.to_owned(), logprobs: Vec::new() },

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use super::{ChatRequest, ChatStream, ModelName};
+use super::{BoxFuture, ChatError, ChatRequest, ChatStream, ModelName, ScoreReply, ScoreRequest};
 
 /// Whatever answers a chat request: the local engine, another machine, a fusion of several.
 pub trait Backend: Send + Sync {
@@ -11,6 +11,20 @@ pub trait Backend: Send + Sync {
 
     /// Starts answering `request`, and returns at once. A refusal is the stream's first and only item.
     fn chat(&self, request: ChatRequest) -> ChatStream;
+
+    /// The card of the model that a client means by `name`, which may be one that is not listed.
+    fn card(&self, name: &ModelName) -> Option<ModelCard> {
+        self.models().into_iter().find(|card| name.as_str().is_empty() || card.name.matches(name))
+    }
+
+    /// How likely the model finds continuations of a conversation. Dropping the future cancels the work.
+    ///
+    /// # Errors
+    /// `NotSupported` where log-probabilities cannot be had; otherwise as [`chat`](Backend::chat).
+    fn score(&self, request: ScoreRequest) -> BoxFuture<'_, Result<ScoreReply, ChatError>> {
+        let message = format!("model \"{}\" cannot score", request.model);
+        Box::pin(std::future::ready(Err(ChatError::NotSupported(message))))
+    }
 }
 
 /// What clients may know about a model.
@@ -67,13 +81,7 @@ impl Router {
     }
 
     fn lookup(&self, name: &ModelName) -> Option<(&Arc<dyn Backend>, ModelCard)> {
-        self.backends.iter().find_map(|backend| {
-            let card = backend
-                .models()
-                .into_iter()
-                .find(|card| name.as_str().is_empty() || card.name.matches(name))?;
-            Some((backend, card))
-        })
+        self.backends.iter().find_map(|backend| Some((backend, backend.card(name)?)))
     }
 }
 
@@ -85,7 +93,18 @@ impl Backend for Router {
     fn chat(&self, request: ChatRequest) -> ChatStream {
         match self.lookup(request.model()) {
             Some((backend, _)) => backend.chat(request),
-            None => ChatStream::refused(super::ChatError::UnknownModel(request.model().clone())),
+            None => ChatStream::refused(ChatError::UnknownModel(request.model().clone())),
+        }
+    }
+
+    fn card(&self, name: &ModelName) -> Option<ModelCard> {
+        self.find(name)
+    }
+
+    fn score(&self, request: ScoreRequest) -> BoxFuture<'_, Result<ScoreReply, ChatError>> {
+        match self.lookup(&request.model) {
+            Some((backend, _)) => backend.score(request),
+            None => Box::pin(std::future::ready(Err(ChatError::UnknownModel(request.model)))),
         }
     }
 }

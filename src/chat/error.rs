@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use super::ModelName;
+use super::{Fault, ModelName};
 use crate::units::Bytes;
 
 /// Every way a request can fail; each door maps it once, with whether to retry and when.
@@ -67,7 +67,7 @@ pub enum ChatError {
     UnknownModel(ModelName),
     /// Another server failed while answering for us.
     #[error("upstream failed: {0}")]
-    Upstream(String),
+    Upstream(Fault),
 }
 
 impl ChatError {
@@ -82,6 +82,7 @@ impl ChatError {
             ChatError::Draining { retry_after }
             | ChatError::NoHeadroom { retry_after, .. }
             | ChatError::QueueFull { retry_after } => Some(*retry_after),
+            ChatError::Upstream(fault) => fault.retry_after(),
             _ => None,
         }
     }

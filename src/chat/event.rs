@@ -1,11 +1,12 @@
 //! What comes back: a stream of events, and the whole reply made of them.
 
+use std::sync::Arc;
 use std::task::{Context, Poll};
 use std::time::Duration;
 
 use tokio::sync::mpsc;
 
-use super::{ChatError, Message, Role, ToolCall};
+use super::{ChatError, FusionProgress, FusionReport, Message, Role, ToolCall};
 use crate::units::TokenId;
 
 /// A step of an answer. `Done` is always the last one.
@@ -30,6 +31,8 @@ pub enum ChatEvent {
     },
     /// A whole tool call.
     ToolCall(ToolCall),
+    /// A fusion tells how far it is; no part of the answer.
+    Progress(FusionProgress),
     /// The end.
     Done(Completion),
 }
@@ -67,6 +70,8 @@ pub struct Completion {
     pub usage: Usage,
     /// Time spent.
     pub timings: Timings,
+    /// Where the answer came from, if it is a fusion of several.
+    pub fusion: Option<Arc<FusionReport>>,
 }
 
 /// Why an answer ended.
@@ -198,7 +203,7 @@ impl ReplyBuilder {
     /// Takes the next event; the whole reply once that was `Done`.
     pub fn add(&mut self, event: ChatEvent) -> Option<Reply> {
         match event {
-            ChatEvent::Accepted { .. } => None,
+            ChatEvent::Accepted { .. } | ChatEvent::Progress(_) => None,
             ChatEvent::Prompt(tokens) => {
                 self.prompt = tokens;
                 None

@@ -5,7 +5,7 @@ use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use super::{ChatError, Message, Tool, ToolChoice};
+use super::{ChatError, FusionRequest, Message, Tool, ToolChoice};
 use crate::units::TokenId;
 
 /// A model's name as clients write it. Names compare without case, and `x` equals `x:latest`.
@@ -81,6 +81,11 @@ impl fmt::Display for RequestId {
 /// Where a request came in.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Origin {
+    /// A fusion asks one of its members.
+    Fusion {
+        /// How many fusions are around this request, itself included: at least 1.
+        depth: u8,
+    },
     /// The broker; the topic it arrived on.
     Mqtt {
         /// The request topic.
@@ -216,6 +221,8 @@ pub struct ChatRequestParts {
     pub priority: Priority,
     /// Extra values for the chat template.
     pub template_args: serde_json::Map<String, serde_json::Value>,
+    /// How several models are to answer together, if a fusion is asked.
+    pub fusion: Option<Box<FusionRequest>>,
 }
 
 impl ChatRequestParts {
@@ -240,6 +247,7 @@ impl ChatRequestParts {
             deadline,
             priority: Priority::default(),
             template_args: serde_json::Map::new(),
+            fusion: None,
         }
     }
 }
@@ -299,6 +307,9 @@ impl TryFrom<ChatRequestParts> for ChatRequest {
         check_tools(&parts)?;
         check_sampling(&parts.sampling)?;
         check_output(&parts)?;
+        if let Some(fusion) = &parts.fusion {
+            fusion.check()?;
+        }
         Ok(ChatRequest { parts })
     }
 }

@@ -287,7 +287,7 @@ impl Shared {
     fn answer_nothing(&self, prepared: &Prepared, ticket: &Ticket) {
         let usage = Usage { prompt_tokens: prepared.prompt.len() as u32, ..Usage::default() };
         let timings = Timings { queue: ticket.arrived.elapsed(), ..Timings::default() };
-        let done = Completion { finish: FinishReason::Length, usage, timings };
+        let done = Completion { finish: FinishReason::Length, usage, timings, fusion: None };
         self.metrics.requests.with_label_values(&[ticket.door, "length"]).inc();
         let _ = ticket.sender.try_send(Ok(ChatEvent::Done(done)));
     }

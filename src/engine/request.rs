@@ -210,7 +210,7 @@ impl Request {
             prefill: first.saturating_duration_since(started),
             decode: clock.last_token.unwrap_or(now).saturating_duration_since(first),
         };
-        let completion = Completion { finish, usage: self.usage, timings };
+        let completion = Completion { finish, usage: self.usage, timings, fusion: None };
         self.outlet.push(Ok(ChatEvent::Done(completion)));
         if clock.first_token.is_some() {
             metrics.request_decode_seconds.observe(timings.decode.as_secs_f64());

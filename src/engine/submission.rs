@@ -64,6 +64,7 @@ pub(super) struct Submission {
 /// The metrics' word for a door.
 pub(super) fn door(origin: &Origin) -> &'static str {
     match origin {
+        Origin::Fusion { .. } => "fusion",
         Origin::Mqtt { .. } => "mqtt",
         Origin::Rest { .. } => "rest",
         Origin::Terminal => "terminal",

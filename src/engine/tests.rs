@@ -103,11 +103,12 @@ fn collect(mut stream: ChatStream) -> Result<Reply, ChatError> {
             finish: FinishReason::Length,
             usage: crate::chat::Usage::default(),
             timings: crate::chat::Timings::default(),
+            fusion: None,
         },
     };
     while let Some(item) = stream.blocking_next() {
         match item? {
-            ChatEvent::Accepted { .. } => {}
+            ChatEvent::Accepted { .. } | ChatEvent::Progress(_) => {}
             ChatEvent::Prompt(tokens) => reply.prompt = tokens,
             ChatEvent::Delta { text, mut logprobs } => {
                 reply.text.push_str(&text);

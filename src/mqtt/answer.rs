@@ -146,7 +146,7 @@ impl Task {
                 }
             }
             ChatEvent::ToolCall(call) => self.answer.tool_calls.push(call),
-            ChatEvent::Prompt(_) | ChatEvent::Done(_) => {}
+            ChatEvent::Prompt(_) | ChatEvent::Progress(_) | ChatEvent::Done(_) => {}
         }
     }
 
@@ -263,6 +263,7 @@ fn out_of_time() -> Completion {
         finish: FinishReason::Deadline,
         usage: Usage::default(),
         timings: Timings::default(),
+        fusion: None,
     }
 }
 

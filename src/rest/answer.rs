@@ -203,7 +203,10 @@ impl EventBody {
     }
 
     fn event(&mut self, index: usize, event: ChatEvent, out: &mut Vec<u8>) {
-        self.silent &= matches!(event, ChatEvent::Accepted { .. } | ChatEvent::Prompt(_));
+        self.silent &= matches!(
+            event,
+            ChatEvent::Accepted { .. } | ChatEvent::Prompt(_) | ChatEvent::Progress(_)
+        );
         self.writer.event(index, event, SystemTime::now(), out);
     }
 
@@ -376,6 +379,7 @@ mod tests {
             finish: FinishReason::Deadline,
             usage: Usage::default(),
             timings: Timings::default(),
+            fusion: None,
         };
         sender.send(Ok(ChatEvent::Done(completion))).await.expect("read");
         let last = piece(&mut body).await.expect("the end");

@@ -25,6 +25,7 @@ use crate::chat::{ChatError, Limits, Origin, RequestId};
 use crate::wire::Caller;
 
 const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
+const FUSION_DEPTH: HeaderName = HeaderName::from_static("x-scoutd-fusion-depth");
 
 /// Answers any request, whatever it is.
 pub(super) async fn handle(
@@ -236,10 +237,21 @@ fn caller(
     };
     Ok(Caller {
         id: id.clone(),
-        origin: Origin::Rest { client },
+        origin: match fusion_depth(request)? {
+            0 => Origin::Rest { client },
+            depth => Origin::Fusion { depth },
+        },
         client: key.cloned().unwrap_or_else(|| client.to_string().into()),
         deadline: Instant::now() + patience,
     })
+}
+
+/// How many fusions are around this request; 0 for a client's own.
+fn fusion_depth(request: &HttpRequest) -> Result<u8, Problem> {
+    let Some(text) = text_header(request, &FUSION_DEPTH) else { return Ok(0) };
+    text.trim()
+        .parse()
+        .map_err(|_| Problem::bad_request("X-Scoutd-Fusion-Depth must be a small whole number"))
 }
 
 fn request_id(request: &HttpRequest) -> RequestId {

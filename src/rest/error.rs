@@ -6,7 +6,7 @@ use actix_web::http::StatusCode;
 use actix_web::http::header::{ALLOW, CONNECTION, CONTENT_TYPE, RETRY_AFTER, WWW_AUTHENTICATE};
 use actix_web::{HttpResponse, HttpResponseBuilder};
 
-use crate::chat::ChatError;
+use crate::chat::{ChatError, MemberState};
 use crate::wire::openai::ErrorBody;
 use crate::wire::{ollama, write};
 
@@ -219,7 +219,11 @@ fn status(error: &ChatError) -> StatusCode {
         ChatError::NoHeadroom { .. }
         | ChatError::DeadlineUnmeetable { .. }
         | ChatError::Draining { .. } => StatusCode::SERVICE_UNAVAILABLE,
-        ChatError::Upstream(_) => StatusCode::BAD_GATEWAY,
+        ChatError::Upstream(fault) => match fault.reason.state() {
+            MemberState::Timeout => StatusCode::GATEWAY_TIMEOUT,
+            _ if fault.retry_after().is_some() => StatusCode::SERVICE_UNAVAILABLE,
+            _ => StatusCode::BAD_GATEWAY,
+        },
         _ => StatusCode::INTERNAL_SERVER_ERROR,
     }
 }
@@ -246,12 +250,13 @@ fn retry_seconds(after: Duration) -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::chat::ModelName;
+    use crate::chat::{Fault, FaultReason, ModelName};
     use crate::units::Bytes;
 
     #[test]
     fn every_error_has_its_status_and_advice() {
         let after = Duration::from_millis(1500);
+        let upstream = |reason| ChatError::Upstream(Fault::new(reason));
         let cases = [
             (ChatError::invalid("n", "n is wrong"), 400, 400, None),
             (ChatError::UnknownModel(ModelName::new("x")), 404, 404, None),
@@ -267,7 +272,10 @@ mod tests {
             (ChatError::DeadlineUnmeetable { needs: after }, 503, 503, None),
             (ChatError::Draining { retry_after: Duration::from_secs(900) }, 503, 503, Some("120")),
             (ChatError::Internal("secret".into()), 500, 500, None),
-            (ChatError::Upstream("gone".into()), 502, 502, None),
+            (upstream(FaultReason::ConnectRefused), 502, 502, None),
+            (upstream(FaultReason::Stall), 504, 504, None),
+            (upstream(FaultReason::NoQuorum), 503, 503, Some("2")),
+            (ChatError::Upstream(Fault::busy(Duration::from_secs(7))), 503, 503, Some("7")),
         ];
         for (error, openai, ollama, retry) in cases {
             for (dialect, status) in [(Dialect::OpenAi, openai), (Dialect::Ollama, ollama)] {

@@ -639,6 +639,7 @@ mod tests {
                 prefill: Duration::from_millis(20),
                 decode: Duration::from_millis(100),
             },
+            fusion: None,
         };
         let call = ToolCall {
             id: "call_0".into(),

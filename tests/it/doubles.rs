@@ -40,6 +40,7 @@ pub(crate) fn done(finish: FinishReason) -> ChatEvent {
             prefill: Duration::from_millis(16),
             decode: Duration::from_millis(30),
         },
+        fusion: None,
     })
 }
 

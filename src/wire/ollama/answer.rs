@@ -110,7 +110,7 @@ struct Piece<'a> {
 impl StreamWriter for LineWriter {
     fn event(&mut self, _index: usize, event: ChatEvent, now: SystemTime, out: &mut Vec<u8>) {
         let line = match &event {
-            ChatEvent::Accepted { .. } | ChatEvent::Prompt(_) => return,
+            ChatEvent::Accepted { .. } | ChatEvent::Progress(_) | ChatEvent::Prompt(_) => return,
             ChatEvent::Delta { text, logprobs } => {
                 if matches!(self.shape, Shape::Generate(Some(_))) {
                     self.text.push_str(text);

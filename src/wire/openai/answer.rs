@@ -157,7 +157,7 @@ impl StreamWriter for ChatWriter {
         let mut delta = Map::new();
         let mut rest = Rest::default();
         match &event {
-            ChatEvent::Accepted { .. } | ChatEvent::Prompt(_) => return,
+            ChatEvent::Accepted { .. } | ChatEvent::Progress(_) | ChatEvent::Prompt(_) => return,
             ChatEvent::Delta { text, logprobs } => {
                 delta.insert("content".to_owned(), text.as_str().into());
                 rest.logprobs = self.logprobs.then(|| token_list(logprobs));

@@ -423,7 +423,7 @@ struct Piece<'a> {
 impl StreamWriter for CompletionWriter {
     fn event(&mut self, index: usize, event: ChatEvent, _now: SystemTime, out: &mut Vec<u8>) {
         match event {
-            ChatEvent::Accepted { .. } | ChatEvent::ToolCall(_) => {}
+            ChatEvent::Accepted { .. } | ChatEvent::Progress(_) | ChatEvent::ToolCall(_) => {}
             ChatEvent::Prompt(tokens) => {
                 if self.choices[index].echo == Echo::No {
                     return;

@@ -94,7 +94,7 @@ pub(super) fn delta(text: &str) -> ChatEvent {
 
 pub(super) fn done(finish: FinishReason) -> ChatEvent {
     let usage = Usage { prompt_tokens: 3, cached_tokens: 0, completion_tokens: 5 };
-    ChatEvent::Done(Completion { finish, usage, timings: Timings::default() })
+    ChatEvent::Done(Completion { finish, usage, timings: Timings::default(), fusion: None })
 }
 
 fn prompt(request: &ChatRequest) -> String {

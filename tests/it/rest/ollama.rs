@@ -183,12 +183,14 @@ fn an_error_in_the_middle_is_the_last_line() {
     let backend = Scripted::new(|_| {
         vec![
             Ok(crate::doubles::delta("so far")),
-            Err(scoutd::chat::ChatError::Upstream("x".into())),
+            Err(scoutd::chat::ChatError::Upstream(scoutd::chat::Fault::new(
+                scoutd::chat::FaultReason::Reset,
+            ))),
         ]
     });
     let server = Server::start(backend);
     let response = server.post("/api/chat", &chat(json!({})));
     let lines = response.lines();
     assert_eq!(lines.len(), 2);
-    assert_eq!(lines[1], json!({"error": "upstream failed: x"}));
+    assert_eq!(lines[1], json!({"error": "upstream failed: reset"}));
 }
