@@ -1,15 +1,19 @@
 //! A model with its weights and KV cache, as the engine sees it: batches of tokens in, logits out.
 
+mod blueprint;
 mod forward;
 mod kv;
 mod llama;
 mod llama4;
+mod outline;
 mod rope;
 mod scratch;
 mod shape;
 mod spec;
 mod weights;
 
+pub use blueprint::{Blueprint, ExpertsOutline};
+pub use outline::Outline;
 pub use spec::ModelSpec;
 
 use std::sync::Arc;

@@ -21,14 +21,18 @@ pub(super) fn shape(gguf: &Gguf) -> Result<Shape, ModelError> {
     keys.refuse("embedding_scale", &["0", "1"])?;
     keys.refuse("use_parallel_residual", &["false"])?;
     let width = keys.count("feed_forward_length", DIMENSION_MAX)?;
-    let layer = Layer {
+    keys.shape(gguf, vec![layer(width); keys.layer_count()?], Some(THETA_DEFAULT))
+}
+
+/// Any layer; they are all alike.
+pub(super) fn layer(width: usize) -> Layer {
+    Layer {
         rope: true,
         local: false,
         qk_norm: false,
         temperature: false,
         feed_forward: FeedForward::Dense { width },
-    };
-    keys.shape(gguf, vec![layer; keys.layer_count()?], Some(THETA_DEFAULT))
+    }
 }
 
 /// Llama 2's files lack the key.

@@ -34,25 +34,38 @@ pub(super) fn shape(gguf: &Gguf) -> Result<Shape, ModelError> {
         1 => None,
         _ => Some(keys.count("feed_forward_length", DIMENSION_MAX)?),
     };
-    // Maverick has no norm of queries and keys; its number of experts is what tells it.
-    let qk_norm = experts != MAVERICK_EXPERTS;
-    let layers = (1..=layer_count).map(|number| {
-        let rope = !number.is_multiple_of(NO_ROPE_EVERY);
-        let feed_forward = match dense_width {
-            Some(width) if !number.is_multiple_of(step) => FeedForward::Dense { width },
-            _ => FeedForward::Experts { experts, width: expert_width },
-        };
-        Layer { rope, local: rope, qk_norm: rope && qk_norm, temperature: !rope, feed_forward }
-    });
+    let experts = FeedForward::Experts { experts, width: expert_width };
+    let layers = layers(layer_count, experts, step, dense_width);
     let temperature = Temperature {
         floor: keys.positive("scoutd.attn_floor_scale")?.unwrap_or(FLOOR_DEFAULT),
         scale: keys.positive("scoutd.attn_scale")?.unwrap_or(SCALE_DEFAULT),
     };
-    let shape = keys.shape(gguf, layers.collect(), None)?;
+    let shape = keys.shape(gguf, layers, None)?;
     Ok(Shape { chunk: Some(chunk), temperature: Some(temperature), ..shape })
 }
 
-const CHUNK_DEFAULT: usize = 8192;
+/// The layers: one in `step` has `experts`, the others are dense and of `dense_width`.
+pub(super) fn layers(
+    count: usize,
+    experts: FeedForward,
+    step: usize,
+    dense_width: Option<usize>,
+) -> Vec<Layer> {
+    // Maverick has no norm of queries and keys; its number of experts is what tells it.
+    let qk_norm =
+        !matches!(experts, FeedForward::Experts { experts, .. } if experts == MAVERICK_EXPERTS);
+    let layers = (1..=count).map(|number| {
+        let rope = !number.is_multiple_of(NO_ROPE_EVERY);
+        let feed_forward = match dense_width {
+            Some(width) if !number.is_multiple_of(step) => FeedForward::Dense { width },
+            _ => experts,
+        };
+        Layer { rope, local: rope, qk_norm: rope && qk_norm, temperature: !rope, feed_forward }
+    });
+    layers.collect()
+}
+
+pub(super) const CHUNK_DEFAULT: usize = 8192;
 const FLOOR_DEFAULT: f32 = 8192.0;
 const SCALE_DEFAULT: f32 = 0.1;
 const NO_ROPE_EVERY: usize = 4;

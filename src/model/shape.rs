@@ -63,6 +63,16 @@ pub(super) enum FeedForward {
     Experts { experts: usize, width: usize },
 }
 
+impl FeedForward {
+    /// Routed experts; 0 in a dense layer.
+    pub(super) fn experts(self) -> u32 {
+        match self {
+            FeedForward::Dense { .. } => 0,
+            FeedForward::Experts { experts, .. } => u32::try_from(experts).unwrap_or(u32::MAX),
+        }
+    }
+}
+
 impl Shape {
     /// Reads the keys and checks that exactly the tensors they call for are there.
     ///
@@ -143,46 +153,9 @@ impl Shape {
     /// Every tensor that is wanted is there in its shape, and every tensor that is there is used.
     fn check_tensors(&self, gguf: &Gguf) -> Result<(), ModelError> {
         let mut used = HashSet::new();
-        let (hidden, vocab) = (self.hidden, self.vocab_len);
-        let (q_len, kv_len) = (self.heads * self.head_len, self.kv_heads * self.head_len);
-        let mut want = |name: String, shape: &[usize], kind: Kind| {
-            check_tensor(gguf, &name, shape, kind)?;
+        for Wanted { name, shape, kind } in self.tensors(gguf.tensor(ROPE_FREQS).is_some()) {
+            check_tensor(gguf, &name, &shape, kind)?;
             used.insert(name);
-            Ok::<(), ModelError>(())
-        };
-        want(TOKEN_EMBD.to_owned(), &[hidden, vocab], Kind::Matrix)?;
-        want(OUTPUT_NORM.to_owned(), &[hidden], Kind::Plain)?;
-        if !self.tied {
-            want(OUTPUT.to_owned(), &[hidden, vocab], Kind::Matrix)?;
-        }
-        if gguf.tensor(ROPE_FREQS).is_some() {
-            want(ROPE_FREQS.to_owned(), &[self.head_len / 2], Kind::Plain)?;
-        }
-        for (index, layer) in self.layers.iter().enumerate() {
-            let mut want =
-                |part: &str, shape: &[usize], kind| want(layer_tensor(index, part), shape, kind);
-            want("attn_norm", &[hidden], Kind::Plain)?;
-            want("attn_q", &[hidden, q_len], Kind::Matrix)?;
-            want("attn_k", &[hidden, kv_len], Kind::Matrix)?;
-            want("attn_v", &[hidden, kv_len], Kind::Matrix)?;
-            want("attn_output", &[q_len, hidden], Kind::Matrix)?;
-            want("ffn_norm", &[hidden], Kind::Plain)?;
-            match layer.feed_forward {
-                FeedForward::Dense { width } => {
-                    want("ffn_gate", &[hidden, width], Kind::Matrix)?;
-                    want("ffn_up", &[hidden, width], Kind::Matrix)?;
-                    want("ffn_down", &[width, hidden], Kind::Matrix)?;
-                }
-                FeedForward::Experts { experts, width } => {
-                    want("ffn_gate_inp", &[hidden, experts], Kind::Plain)?;
-                    want("ffn_gate_exps", &[hidden, width, experts], Kind::Matrix)?;
-                    want("ffn_up_exps", &[hidden, width, experts], Kind::Matrix)?;
-                    want("ffn_down_exps", &[width, hidden, experts], Kind::Matrix)?;
-                    want("ffn_gate_shexp", &[hidden, width], Kind::Matrix)?;
-                    want("ffn_up_shexp", &[hidden, width], Kind::Matrix)?;
-                    want("ffn_down_shexp", &[width, hidden], Kind::Matrix)?;
-                }
-            }
         }
         match gguf.tensors().iter().find(|tensor| !used.contains(&tensor.name)) {
             None => Ok(()),
@@ -192,6 +165,68 @@ impl Shape {
             }),
         }
     }
+
+    /// The tensors that make up the model.
+    pub(super) fn tensors(&self, rope_factors: bool) -> Vec<Wanted> {
+        let (hidden, vocab) = (self.hidden, self.vocab_len);
+        let mut wanted = Vec::new();
+        let mut want = |name: &str, shape: &[usize], kind| {
+            wanted.push(Wanted { name: name.to_owned(), shape: shape.to_vec(), kind });
+        };
+        want(TOKEN_EMBD, &[hidden, vocab], Kind::Matrix);
+        want(OUTPUT_NORM, &[hidden], Kind::Plain);
+        if !self.tied {
+            want(OUTPUT, &[hidden, vocab], Kind::Matrix);
+        }
+        if rope_factors {
+            want(ROPE_FREQS, &[self.head_len / 2], Kind::Plain);
+        }
+        for (index, layer) in self.layers.iter().enumerate() {
+            self.layer_tensors(index, layer.feed_forward, &mut want);
+        }
+        wanted
+    }
+
+    fn layer_tensors(
+        &self,
+        layer: usize,
+        feed_forward: FeedForward,
+        want: &mut impl FnMut(&str, &[usize], Kind),
+    ) {
+        let hidden = self.hidden;
+        let (q_len, kv_len) = (self.heads * self.head_len, self.kv_heads * self.head_len);
+        let mut want =
+            |part: &str, shape: &[usize], kind| want(&layer_tensor(layer, part), shape, kind);
+        want("attn_norm", &[hidden], Kind::Plain);
+        want("attn_q", &[hidden, q_len], Kind::Matrix);
+        want("attn_k", &[hidden, kv_len], Kind::Matrix);
+        want("attn_v", &[hidden, kv_len], Kind::Matrix);
+        want("attn_output", &[q_len, hidden], Kind::Matrix);
+        want("ffn_norm", &[hidden], Kind::Plain);
+        match feed_forward {
+            FeedForward::Dense { width } => {
+                want("ffn_gate", &[hidden, width], Kind::Matrix);
+                want("ffn_up", &[hidden, width], Kind::Matrix);
+                want("ffn_down", &[width, hidden], Kind::Matrix);
+            }
+            FeedForward::Experts { experts, width } => {
+                want("ffn_gate_inp", &[hidden, experts], Kind::Plain);
+                want("ffn_gate_exps", &[hidden, width, experts], Kind::Matrix);
+                want("ffn_up_exps", &[hidden, width, experts], Kind::Matrix);
+                want("ffn_down_exps", &[width, hidden, experts], Kind::Matrix);
+                want("ffn_gate_shexp", &[hidden, width], Kind::Matrix);
+                want("ffn_up_shexp", &[hidden, width], Kind::Matrix);
+                want("ffn_down_shexp", &[width, hidden], Kind::Matrix);
+            }
+        }
+    }
+}
+
+/// A tensor that a shape calls for.
+pub(super) struct Wanted {
+    pub(super) name: String,
+    pub(super) shape: Vec<usize>,
+    pub(super) kind: Kind,
 }
 
 /// Keys that both architectures have, read under the prefix of one.
@@ -378,7 +413,7 @@ impl<'g, 'a> Keys<'g, 'a> {
 
 /// How a tensor is used.
 #[derive(Clone, Copy, PartialEq, Eq)]
-enum Kind {
+pub(super) enum Kind {
     /// Any format.
     Matrix,
     /// Read as numbers at load, so F32; converters never quantize these.
