@@ -1,8 +1,10 @@
 //! The integration tests: one binary against the library and the real server.
 
+mod certificate;
 mod config;
 mod daemon;
 mod doubles;
+mod egress;
 mod engine;
 mod http;
 mod mqtt;
