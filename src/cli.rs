@@ -5,7 +5,9 @@ mod bench;
 mod chat;
 mod convert;
 mod inspect;
+mod machine;
 mod options;
+mod plan;
 mod serve;
 mod terminal;
 
@@ -44,12 +46,14 @@ enum Command {
     Ask(ask::Args),
     /// Hold a conversation in the terminal, without a daemon
     Chat(chat::Args),
-    /// Measure prefill and decode speed of a model on this machine
+    /// Measure the speed of a model, or with --machine what this machine's memory and disk give
     Bench(bench::Args),
     /// Convert a Hugging Face checkpoint or a GGUF file to quantized GGUF
     Convert(convert::Args),
     /// Show what is in a GGUF file
     Inspect(inspect::Args),
+    /// Tell whether a model will fit, how fast it would be, and what would fit instead
+    Plan(plan::Args),
 }
 
 /// Wrong usage or configuration (`EX_USAGE`).
@@ -78,6 +82,7 @@ pub fn main() -> ExitCode {
         Command::Bench(args) => bench::run(args),
         Command::Convert(args) => convert::run(args),
         Command::Inspect(args) => inspect::run(args),
+        Command::Plan(args) => plan::run(args),
     };
     result.unwrap_or_else(|error| {
         eprintln!("scoutd: {error:#}");

@@ -83,6 +83,8 @@ pub struct ModelConfig {
     pub kv: KvType,
     /// Longest context of one request; 0 is the model's own, but at most 8192.
     pub context_tokens: u32,
+    /// Start although the model does not fit: what has no room is read from disk again for every token.
+    pub force: bool,
 }
 
 /// How activations meet quantized weights.

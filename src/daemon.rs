@@ -6,11 +6,14 @@
 mod assembly;
 mod built_in;
 mod facts;
+mod fitting;
 mod log;
 mod notify;
 mod serve;
 
-pub use assembly::{Assembly, OpenModel, check, open_model};
+pub use assembly::{Assembly, OpenModel, check, open_model, threads};
+pub use facts::{machine_name, machine_record, state_folder};
+pub use fitting::context;
 pub use serve::serve;
 
 use std::path::PathBuf;
@@ -44,14 +47,12 @@ pub enum StartError {
         message: String,
     },
     /// The model does not fit into what may be promised.
-    #[error("model {path} needs {needed} for weights and scratch, {free} can be promised")]
+    #[error("model {path}: {plan}")]
     NoHeadroom {
         /// The file.
         path: PathBuf,
-        /// What it needs.
-        needed: crate::units::Bytes,
-        /// What is there.
-        free: crate::units::Bytes,
+        /// What is missing, and what would fit; several lines.
+        plan: String,
     },
     /// A thread, a runtime or a signal handler could not be had.
     #[error("{0}")]

@@ -58,6 +58,8 @@ pub struct Metrics {
     pub psi_memory_full_ratio: Gauge,
     /// Temperature of the processor; NaN where it has no sensor.
     pub soc_temperature_celsius: Gauge,
+    /// The fit plan of the loaded model, in the order of [`PLAN`]; NaN where it does not apply.
+    plan: Vec<Gauge>,
     /// 1 while the broker is connected.
     pub mqtt_connected: IntGauge,
     /// 1, labelled with version and instruction set.
@@ -65,6 +67,24 @@ pub struct Metrics {
     /// 1, labelled with the model.
     pub model_info: GaugeVec,
 }
+
+/// The figures of a fit plan: names, as `scoutd plan --json` has them too, and what they say.
+pub const PLAN: [(&str, &str); 14] = [
+    ("plan_pinned_bytes", "Weights that the plan keeps in memory."),
+    ("plan_cached_bytes", "Embedding table that has room in the page cache."),
+    ("plan_on_disk_bytes", "Weights that are read when they are needed."),
+    ("plan_kv_bytes", "Keys and values of one whole context."),
+    ("plan_scratch_bytes", "Buffers of the largest pass."),
+    ("plan_left_bytes", "Headroom that the plan leaves."),
+    ("plan_missing_bytes", "Headroom that is missing for the model."),
+    ("plan_expert_slots", "Slots for routed experts, all layers together."),
+    ("plan_expert_slot_bytes", "Bytes of these slots."),
+    ("plan_staging_bytes", "Buffers that experts are read into."),
+    ("plan_expert_hit_ratio", "Expected share of experts found in slots."),
+    ("plan_read_bytes_per_token", "Expected bytes read from disk for each token."),
+    ("plan_decode_tokens_per_second", "Expected decode speed of one sequence."),
+    ("plan_prefill_tokens_per_second", "Expected prefill speed."),
+];
 
 /// vLLM's buckets, so that dashboards made for it fit.
 const FIRST_TOKEN_BUCKETS: [f64; 22] = [
@@ -163,6 +183,7 @@ impl Metrics {
             ),
             soc_temperature_celsius: make
                 .gauge("soc_temperature_celsius", "Temperature of the processor."),
+            plan: PLAN.iter().map(|(name, help)| make.unknown(name, help)).collect(),
             mqtt_connected: make.int_gauge("mqtt_connected", "1 while the broker is connected."),
             build_info: make.gauges(
                 "build_info",
@@ -175,6 +196,14 @@ impl Metrics {
                 &["model", "architecture", "quantization"],
             ),
             registry,
+        }
+    }
+
+    /// Publishes the figures of a fit plan; those it leaves out are not known.
+    pub fn set_plan(&self, figures: &[(&str, f64)]) {
+        for ((name, _), gauge) in PLAN.iter().zip(&self.plan) {
+            let figure = figures.iter().find(|(own, _)| own == name);
+            gauge.set(figure.map_or(f64::NAN, |(_, value)| *value));
         }
     }
 
@@ -244,6 +273,13 @@ impl Maker<'_> {
 
     fn gauge(&self, name: &str, help: &str) -> Gauge {
         self.register(Gauge::with_opts(Self::opts(name, help)))
+    }
+
+    /// A gauge that says nothing until it is set.
+    fn unknown(&self, name: &str, help: &str) -> Gauge {
+        let gauge = self.gauge(name, help);
+        gauge.set(f64::NAN);
+        gauge
     }
 
     fn int_gauge(&self, name: &str, help: &str) -> IntGauge {

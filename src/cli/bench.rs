@@ -1,5 +1,6 @@
 //! `scoutd bench`: prefill and decode speed of a model on this machine.
 
+use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
@@ -7,6 +8,7 @@ use anyhow::{Context, ensure};
 use clap::Args as ClapArgs;
 use serde_json::json;
 
+use super::machine;
 use super::options::ConfigOptions;
 use crate::daemon;
 use crate::model::{Batch, BatchRow, LogitsWanted, Model};
@@ -33,6 +35,15 @@ pub(super) struct Args {
     /// Print one JSON object instead of a table
     #[arg(long)]
     json: bool,
+    /// Measure memory, products and disk of this machine instead of a model, and keep the figures for `plan`
+    #[arg(long)]
+    machine: bool,
+    /// With --machine, a folder on the disk to measure [default: the state folder]
+    #[arg(long, value_name = "FOLDER", requires = "machine")]
+    disk: Option<PathBuf>,
+    /// With --machine, the folder to keep the figures in [default: /var/lib/scoutd, or the user's state folder]
+    #[arg(long, value_name = "FOLDER", requires = "machine")]
+    state: Option<PathBuf>,
     #[command(flatten)]
     options: ConfigOptions,
 }
@@ -64,6 +75,11 @@ impl Rates {
 }
 
 pub(super) fn run(args: Args) -> anyhow::Result<ExitCode> {
+    if args.machine {
+        let threads = daemon::threads(&args.options.load()?);
+        let (disk, state, json) = (args.disk, args.state, args.json);
+        return machine::run(&machine::Request { disk, state, threads, json });
+    }
     ensure!(args.runs > 0 && args.prompt > 0 && args.sequences > 0, "nothing to measure");
     let config = args.options.load()?;
     let mut opened = daemon::open_model(&config, args.sequences)?;

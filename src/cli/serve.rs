@@ -18,6 +18,10 @@ pub(super) struct Args {
     /// Longest context of one request in tokens [default: the model's own, but at most 8192]
     #[arg(long, value_name = "TOKENS")]
     context: Option<u32>,
+    /// Start although the model does not fit. What has no room is read from disk again for every token: answers
+    /// take minutes, and other programs lose the page cache and may stall
+    #[arg(long)]
+    force: bool,
     /// Only check the configuration and the model file, then exit
     #[arg(long)]
     check: bool,
@@ -31,6 +35,7 @@ pub(super) fn run(args: Args) -> anyhow::Result<ExitCode> {
     if let Some(tokens) = args.context {
         config.model.context_tokens = tokens;
     }
+    config.model.force |= args.force;
     if args.check {
         daemon::check(&config)?;
         println!("configuration and model are valid");

@@ -8,20 +8,19 @@ use std::time::UNIX_EPOCH;
 use scoutd_kernels::{Isa, Kernels};
 use sha2::{Digest, Sha256};
 
+use super::fitting::{Fitted, fit_and_reserve};
 use super::{StartError, built_in};
 use crate::chat::{Backend, ModelCard, ModelName, Router};
 use crate::config::Config;
 use crate::engine::{self, EngineParts, Local};
 use crate::gguf::{Gguf, Mapping};
-use crate::memory::{Ledger, MemoryProbe, Permit, ProcProbe, Purpose, Watch};
+use crate::memory::{Ledger, MemoryProbe, Permit, ProcProbe, Watch};
 use crate::metrics::Metrics;
 use crate::model::{self, KvType, Model, ModelOptions};
+use crate::store::Fit;
 use crate::template::ChatTemplate;
 use crate::tokenizer::Tokenizer;
 use crate::units::Bytes;
-
-/// The longest context offered where the configuration does not say.
-const CONTEXT_DEFAULT_MAX: u32 = 8192;
 
 /// A model that is ready to run, without an engine around it.
 pub struct OpenModel {
@@ -60,6 +59,8 @@ pub struct Assembly {
     pub ledger: Arc<Ledger>,
     /// Every published number.
     pub metrics: Arc<Metrics>,
+    /// What was planned for the model.
+    pub fit: Fit,
     summary: String,
     // Kept for as long as the assembly lives.
     _permits: Vec<Permit>,
@@ -86,10 +87,12 @@ impl Assembly {
         .map_err(StartError::Memory)?;
 
         let mapping = map_model(config)?;
-        let permits = reserve(config, &mapping, &ledger)?;
+        let label = name(config, mapping.path());
+        let Fitted { fit, permits } = fit_and_reserve(config, &mapping, &label, &ledger, &sample)?;
+        metrics.set_plan(&fit.figures());
         let opened = open_mapped(config, mapping, EngineParts::slots_needed(&config.engine))?;
         let template = template(&opened.mapping)?;
-        let card = card(config, &opened, &template)?;
+        let card = card(config, &opened, &template, fit.context_tokens);
         let summary = opened.summary();
         metrics.build_info.with_label_values(&[env!("CARGO_PKG_VERSION"), opened.isa]).set(1.0);
         metrics
@@ -107,7 +110,8 @@ impl Assembly {
         .map_err(|error| StartError::System(error.to_string()))?;
         let local = Arc::new(local);
         let router = Router::new(vec![Arc::clone(&local) as Arc<dyn Backend>]);
-        Ok(Assembly { router, local, ledger, metrics, summary, _permits: permits, _watch: watch })
+        let (_permits, _watch) = (permits, watch);
+        Ok(Assembly { router, local, ledger, metrics, fit, summary, _permits, _watch })
     }
 
     /// One line: what runs, and how.
@@ -162,33 +166,6 @@ fn map_model(config: &Config) -> Result<Arc<Mapping>, StartError> {
     Ok(Arc::new(mapping))
 }
 
-/// Promises for the weights and for the buffers of a pass, before either is touched. The weights are not
-/// locked, so the kernel goes on counting them as available: nothing of that promise is called touched.
-fn reserve(
-    config: &Config,
-    mapping: &Mapping,
-    ledger: &Arc<Ledger>,
-) -> Result<Vec<Permit>, StartError> {
-    let unusable = |message: String| StartError::Model { path: mapping.path().to_owned(), message };
-    let gguf = Gguf::parse(mapping.bytes()).map_err(|error| unusable(error.to_string()))?;
-    let spec = model::inspect(&gguf, KvType::from(config.model.kv))
-        .map_err(|error| unusable(error.to_string()))?;
-    let pass_tokens = config.engine.prefill_tokens_max as u64;
-    let weights = Bytes(spec.weights_bytes);
-    let scratch = Bytes(spec.scratch_token_bytes.saturating_mul(pass_tokens));
-    let needed = weights.saturating_add(scratch);
-    let too_little =
-        |free: Bytes| StartError::NoHeadroom { path: mapping.path().to_owned(), needed, free };
-    let free = ledger.free();
-    let label = name(config, mapping.path());
-    [(Purpose::Weights, label.as_str(), weights), (Purpose::Scratch, "forward pass", scratch)]
-        .into_iter()
-        .map(|(purpose, label, bytes)| {
-            ledger.try_reserve(purpose, label, bytes).map_err(|_| too_little(free))
-        })
-        .collect()
-}
-
 fn open_mapped(
     config: &Config,
     mapping: Arc<Mapping>,
@@ -219,8 +196,8 @@ fn kernels(config: &Config) -> Result<Kernels, StartError> {
     Kernels::with_isa(isa).ok_or_else(missing)
 }
 
-/// All cores where there are few; on four and more, one is left to the doors and to reading.
-fn threads(config: &Config) -> usize {
+/// Threads that compute, where the configuration leaves it to us: all cores where there are few; on four and more, one is left to the doors and to reading.
+pub fn threads(config: &Config) -> usize {
     if config.model.threads > 0 {
         return config.model.threads;
     }
@@ -232,20 +209,11 @@ fn card(
     config: &Config,
     opened: &OpenModel,
     template: &ChatTemplate,
-) -> Result<ModelCard, StartError> {
+    context_tokens: u32,
+) -> ModelCard {
     let spec = opened.model.spec();
     let path = opened.mapping.path();
-    let context = match config.model.context_tokens {
-        0 => spec.context_len.min(CONTEXT_DEFAULT_MAX),
-        asked if asked <= spec.context_len => asked,
-        asked => {
-            return Err(StartError::Config(format!(
-                "model.context_tokens of {asked} exceeds the model's {}",
-                spec.context_len
-            )));
-        }
-    };
-    Ok(ModelCard {
+    ModelCard {
         name: ModelName::new(&name(config, path)),
         architecture: spec.architecture.clone(),
         parameters: spec.parameters,
@@ -253,12 +221,12 @@ fn card(
         file_bytes: opened.mapping.bytes().len() as u64,
         digest: digest(&opened.mapping),
         modified_unix_s: modified_unix_s(path),
-        context_tokens: context,
+        context_tokens,
         trained_context_tokens: spec.context_len,
         embedding_len: spec.hidden,
         vocabulary_len: spec.vocab_len,
         template: template.source().to_owned(),
-    })
+    }
 }
 
 /// SHA-256 over what stands before the tensors' data, in hexadecimal.

@@ -36,6 +36,7 @@ pub fn serve(config: Config, announce: impl FnOnce(&[String])) -> Result<(), Sta
         let mut signals = Signals::new()?;
         let doors = Doors::open(&config, &assembly).await?;
         info!(target: "daemon", version = env!("CARGO_PKG_VERSION"), ready_ms = start.elapsed().as_millis() as u64; "ready: {}", assembly.summary());
+        info!(target: "daemon", verdict = assembly.fit.verdict(), context_tokens = assembly.fit.context_tokens; "plan: {}; {}", assembly.fit.summary(), assembly.fit.details().join("; "));
         for holder in assembly.ledger.table() {
             info!(target: "daemon", purpose:% = holder.purpose.name(), bytes:% = holder.bytes; "reserved");
         }
@@ -173,6 +174,11 @@ fn mqtt_error(error: MqttError) -> StartError {
 fn banner(assembly: &Assembly, doors: &Doors, took: Duration) -> Vec<String> {
     let mut lines = vec![
         format!("scoutd {}: {}", env!("CARGO_PKG_VERSION"), assembly.summary()),
+        format!(
+            "plan: {}; {} tokens of context",
+            assembly.fit.summary(),
+            assembly.fit.context_tokens
+        ),
         format!(
             "ready in {:.2} s; {} of memory promised, {} free to promise",
             took.as_secs_f64(),

@@ -35,7 +35,7 @@ pub struct EngineParts {
     pub template: ChatTemplate,
     /// What clients may know about it. `context_tokens` bounds every request.
     pub card: ModelCard,
-    /// Where memory is promised. Weights are reserved by whoever opened the model.
+    /// Where memory is promised. Weights and the buffers of a pass are reserved by whoever opened the model.
     pub ledger: Arc<Ledger>,
     /// Where numbers are published.
     pub metrics: Arc<Metrics>,
@@ -100,8 +100,8 @@ pub fn start(parts: EngineParts) -> Result<Local, StartError> {
         return Err(StartError::Config(error));
     }
     let spec = model.spec().clone();
-    let buffers = thread::logits_bytes(&spec, &config).saturating_add(Bytes(model.scratch_bytes()));
-    let scratch = ledger.try_reserve(Purpose::Scratch, "logits and pass", buffers)?;
+    let buffers = thread::logits_bytes(&spec, &config);
+    let scratch = ledger.try_reserve(Purpose::Scratch, "logits", buffers)?;
     let queue_max = usize::from(config.slots) + config.waiting_max;
     let longest_token_bytes = template.tokenizer().longest_token_bytes();
     let preparer = Preparer {

@@ -8,6 +8,7 @@ mod egress;
 mod engine;
 mod http;
 mod mqtt;
+mod plan;
 mod rest;
 mod smollm2;
 mod smollm2_text;
