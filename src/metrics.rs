@@ -60,6 +60,14 @@ pub struct Metrics {
     pub soc_temperature_celsius: Gauge,
     /// The fit plan of the loaded model, in the order of [`PLAN`]; NaN where it does not apply.
     plan: Vec<Gauge>,
+    /// Requests under way at other machines.
+    pub fusion_calls_running: IntGauge,
+    /// Faults of other machines by member and reason.
+    pub fusion_member_faults: IntCounterVec,
+    /// Other machines by what they can be asked.
+    pub fusion_members: GaugeVec,
+    /// Connections outside the LAN that were refused.
+    pub fusion_egress_refused: IntCounter,
     /// 1 while the broker is connected.
     pub mqtt_connected: IntGauge,
     /// 1, labelled with version and instruction set.
@@ -184,6 +192,22 @@ impl Metrics {
             soc_temperature_celsius: make
                 .gauge("soc_temperature_celsius", "Temperature of the processor."),
             plan: PLAN.iter().map(|(name, help)| make.unknown(name, help)).collect(),
+            fusion_calls_running: make
+                .int_gauge("fusion_calls_running", "Requests under way at other machines."),
+            fusion_member_faults: make.counters(
+                "fusion_member_faults_total",
+                "Faults of other machines by member and reason.",
+                &["member", "reason"],
+            ),
+            fusion_members: make.gauges(
+                "fusion_members",
+                "Other machines by whether they can be asked.",
+                &["state"],
+            ),
+            fusion_egress_refused: make.counter(
+                "fusion_egress_refused_total",
+                "Connections outside the LAN that were refused.",
+            ),
             mqtt_connected: make.int_gauge("mqtt_connected", "1 while the broker is connected."),
             build_info: make.gauges(
                 "build_info",

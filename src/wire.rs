@@ -14,6 +14,7 @@ pub mod ollama;
 pub mod openai;
 mod schema;
 mod time;
+pub mod upstream;
 
 pub use answer::{Caller, StreamWriter};
 pub use json::{DEPTH_MAX, parse, write};

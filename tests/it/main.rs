@@ -8,6 +8,7 @@ mod egress;
 mod engine;
 mod http;
 mod mqtt;
+mod peer;
 mod plan;
 mod rest;
 mod smollm2;
