@@ -12,7 +12,7 @@ use std::path::PathBuf;
 
 use serde::Deserialize;
 
-use crate::{engine, memory, model, mqtt, rest};
+use crate::{engine, memory, model, mqtt, peer, rest};
 
 /// The whole configuration, with every default filled in.
 #[derive(Clone, Debug, Default, PartialEq, Deserialize)]
@@ -32,6 +32,8 @@ pub struct Config {
     pub rest: rest::Config,
     /// The MQTT door.
     pub mqtt: mqtt::Config,
+    /// The pool: other machines that answer together with this one.
+    pub fusion: peer::Config,
 }
 
 /// Starting, stopping, and what holds for every door.
@@ -140,6 +142,7 @@ impl Config {
     pub fn check(&self) -> Vec<String> {
         let mut errors = self.memory.check();
         errors.extend(self.engine.check());
+        errors.extend(self.fusion.check());
         errors
     }
 }

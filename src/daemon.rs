@@ -9,6 +9,7 @@ mod facts;
 mod fitting;
 mod log;
 mod notify;
+mod pool;
 mod serve;
 
 pub use assembly::{Assembly, OpenModel, check, open_model, threads};

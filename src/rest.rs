@@ -15,11 +15,13 @@ mod keys;
 mod ollama;
 mod openai;
 mod page;
+mod pool;
 mod readiness;
 mod routes;
 
 pub use config::{Config, Limits};
 pub use keys::{KeyError, Keys, Scope};
+pub use pool::PoolDoor;
 pub use readiness::Readiness;
 
 use std::collections::HashMap;
@@ -53,6 +55,8 @@ pub struct RestParts {
     pub default_deadline: Duration,
     /// How many requests are answered at once, for `/props`.
     pub slots: u16,
+    /// The other machines, if there is a pool.
+    pub pool: Option<PoolDoor>,
 }
 
 /// A server whose ports are open and which nobody serves yet.
@@ -80,6 +84,7 @@ struct Shared {
     limits: Limits,
     default_deadline: Duration,
     slots: u16,
+    pool: Option<PoolDoor>,
     active: Arc<Active>,
     body_budget: Arc<tokio::sync::Semaphore>,
     connections: Arc<Mutex<HashMap<IpAddr, usize>>>,
@@ -102,15 +107,17 @@ pub fn bind(config: &Config, parts: RestParts) -> io::Result<BoundServer> {
     let addresses =
         listeners.iter().map(TcpListener::local_addr).collect::<io::Result<Vec<_>>>()?;
     let lan = addresses.iter().any(|address| !address.ip().is_loopback());
+    let has_gate = parts.pool.as_ref().is_some_and(|door| door.pool.gate().is_some());
     let shared = Arc::new(Shared {
         router: parts.router,
         metrics: parts.metrics,
         readiness: parts.readiness,
-        access: Access::new(config, parts.keys, lan).map_err(invalid_input)?,
+        access: Access::new(config, parts.keys, lan, has_gate).map_err(invalid_input)?,
         guard: Guard::new(&config.allowed_hosts, &config.allowed_origins),
         limits: config.limits,
         default_deadline: parts.default_deadline,
         slots: parts.slots,
+        pool: parts.pool,
         active: Arc::default(),
         body_budget: Arc::new(body::budget(&config.limits)),
         connections: Arc::default(),
@@ -208,6 +215,9 @@ fn admit(stream: &TcpStream, shared: &Arc<Shared>, extensions: &mut Extensions) 
         .and_then(|()| rustix::net::sockopt::set_tcp_nodelay(stream, true));
     if let Err(error) = tuned {
         log::debug!(target: "rest", error:% = error; "socket options refused");
+    }
+    if let Ok(local) = stream.local_addr() {
+        extensions.insert(pool::LocalAddress(local.ip()));
     }
     let Ok(peer) = stream.peer_addr() else { return };
     let slot = ConnectionSlot::take(&shared.connections, keys::plain_ip(peer.ip()));

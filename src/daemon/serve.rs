@@ -9,14 +9,17 @@ use log::{info, warn};
 use serde_json::{Map, json};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
+use tokio::runtime::Handle;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
 use super::assembly::Assembly;
-use super::{StartError, facts, notify};
+use super::{StartError, facts, notify, pool};
+use crate::chat::Backend;
 use crate::config::Config;
 use crate::engine::Local;
 use crate::mqtt::{self, MqttDoor, MqttError, MqttParts};
-use crate::rest::{self, BoundServer, Keys, Readiness, RestParts, StopHandle};
+use crate::peer::{Discovery, Pool};
+use crate::rest::{self, BoundServer, Keys, PoolDoor, Readiness, RestParts, StopHandle};
 
 /// Runs the daemon until it is told to stop. `announce` gets the lines that say how to ask it, once it answers.
 ///
@@ -61,13 +64,18 @@ struct Doors {
     addresses: Vec<SocketAddr>,
     http: Option<StopHandle>,
     mqtt: Option<MqttDoor>,
+    // Kept for as long as the doors are open.
+    _pool: Arc<Pool>,
+    _discovery: Option<Discovery>,
 }
 
 impl Doors {
     /// Opens HTTP first: a busy port is the likeliest fault and the cheapest to find.
     async fn open(config: &Config, assembly: &Assembly) -> Result<Doors, StartError> {
         let readiness = Arc::new(Readiness::new());
-        let bound = open_http(config, assembly, &readiness)?;
+        let runtime = Handle::current();
+        let pool = pool::open(config, assembly, &runtime)?;
+        let bound = open_http(config, assembly, &readiness, &pool)?;
         let addresses = bound.addresses().to_vec();
         let http = (!addresses.is_empty()).then(|| {
             let handle = bound.handle();
@@ -83,8 +91,10 @@ impl Doors {
         } else {
             None
         };
+        pool.watch();
+        let discovery = pool::discover(config, &pool, &addresses, &runtime);
         readiness.set_ready();
-        Ok(Doors { readiness, addresses, http, mqtt })
+        Ok(Doors { readiness, addresses, http, mqtt, _pool: pool, _discovery: discovery })
     }
 
     /// Refuses what is new, lets what runs end for at most `grace`, and closes.
@@ -111,6 +121,7 @@ fn open_http(
     config: &Config,
     assembly: &Assembly,
     readiness: &Arc<Readiness>,
+    pool: &Arc<Pool>,
 ) -> Result<BoundServer, StartError> {
     let keys = match &config.rest.keys_file {
         None => Keys::default(),
@@ -129,6 +140,11 @@ fn open_http(
         keys,
         default_deadline: Duration::from_secs(config.daemon.deadline_s),
         slots: config.engine.slots,
+        pool: Some(PoolDoor {
+            pool: Arc::clone(pool),
+            local: Arc::clone(&assembly.local) as Arc<dyn Backend>,
+            node: pool::node(config),
+        }),
     };
     rest::bind(&config.rest, parts).map_err(|source| StartError::Door {
         door: "http",

@@ -11,7 +11,7 @@ use actix_web::http::Method;
 use actix_web::http::header::{
     self, ACCEPT, CACHE_CONTROL, CONTENT_TYPE, HeaderName, HeaderValue, ORIGIN, VARY,
 };
-use actix_web::web::{Data, Payload};
+use actix_web::web::Data;
 use actix_web::{HttpRequest, HttpResponse};
 
 use super::answer::{Answer, cut_short};
@@ -20,7 +20,7 @@ use super::error::Problem;
 use super::guard::Provenance;
 use super::keys::Denied;
 use super::routes::{Endpoint, Route};
-use super::{Shared, active, body, keys, ollama, openai, routes};
+use super::{Shared, active, body, keys, ollama, openai, pool, routes};
 use crate::chat::{ChatError, Limits, Origin, RequestId};
 use crate::wire::Caller;
 
@@ -30,7 +30,7 @@ const FUSION_DEPTH: HeaderName = HeaderName::from_static("x-scoutd-fusion-depth"
 /// Answers any request, whatever it is.
 pub(super) async fn handle(
     request: HttpRequest,
-    payload: Payload,
+    payload: actix_web::web::Payload,
     shared: Data<Shared>,
 ) -> HttpResponse {
     let began = Instant::now();
@@ -66,7 +66,7 @@ pub(super) async fn handle(
 
 async fn answer(
     request: &HttpRequest,
-    payload: Payload,
+    payload: actix_web::web::Payload,
     shared: &Shared,
     id: &RequestId,
 ) -> Result<HttpResponse, Problem> {
@@ -86,14 +86,19 @@ async fn answer(
         return Err(Problem::method_not_allowed(route.methods));
     }
     let client = request.peer_addr().map_or(Ipv4Addr::UNSPECIFIED.into(), |peer| peer.ip());
-    let authorization = text_header(request, &header::AUTHORIZATION);
-    let key =
-        shared.access.check(route.scope, authorization, client).map_err(|denied| match denied {
-            Denied::Unauthorized => Problem::unauthorized(),
-            Denied::WrongScope => Problem::forbidden("this key does not open this"),
-        })?;
+    let mut payload = Payload::Waiting(payload);
+    let key = match pool::proof(request, shared, &route)? {
+        // The proof is about the whole request, so its body comes first.
+        Some(proof) => {
+            let body = payload.read(request, shared).await?;
+            pool::check_proof(request, shared, &body, proof)?;
+            payload = Payload::Read(body);
+            None
+        }
+        None => open(request, shared, &route, client)?,
+    };
     let caller = || caller(request, shared, id, key.as_ref(), keys::plain_ip(client));
-    let read = || read_body(request, shared, payload);
+    let read = || payload.read(request, shared);
     match route.endpoint {
         Endpoint::Absent(what) => Err(Problem::not_implemented(what)),
         Endpoint::Root => Ok(root(request, shared)),
@@ -108,6 +113,14 @@ async fn answer(
         Endpoint::OllamaTags => Ok(ollama::tags(shared)),
         Endpoint::OllamaPs => Ok(ollama::ps(shared)),
         Endpoint::OllamaShow => ollama::show(shared, &read().await?.bytes),
+        Endpoint::PoolMember(_)
+        | Endpoint::PoolMembers
+        | Endpoint::PoolScore
+        | Endpoint::PoolSelf
+        | Endpoint::PoolState => {
+            let caller = caller()?;
+            pool::answer(request, shared, &route.endpoint, caller, read().await?).await
+        }
         Endpoint::Chat
         | Endpoint::Completions
         | Endpoint::OllamaChat
@@ -123,6 +136,36 @@ async fn answer(
             worked
         }
     }
+}
+
+/// A body that is still to be read, or that was read to check a proof.
+enum Payload {
+    Waiting(actix_web::web::Payload),
+    Read(Body),
+}
+
+impl Payload {
+    async fn read(self, request: &HttpRequest, shared: &Shared) -> Result<Body, Problem> {
+        match self {
+            Payload::Waiting(payload) => read_body(request, shared, payload).await,
+            Payload::Read(body) => Ok(body),
+        }
+    }
+}
+
+/// The name of the key that opens `route`, if one is needed.
+fn open(
+    request: &HttpRequest,
+    shared: &Shared,
+    route: &Route,
+    client: IpAddr,
+) -> Result<Option<Arc<str>>, Problem> {
+    let scope = route.scope_for(request.method().as_str());
+    let authorization = text_header(request, &header::AUTHORIZATION);
+    shared.access.check(scope, authorization, client).map_err(|denied| match denied {
+        Denied::Unauthorized => Problem::unauthorized(),
+        Denied::WrongScope => Problem::forbidden("this key does not open this"),
+    })
 }
 
 /// Runs an endpoint that answers.
@@ -208,7 +251,7 @@ fn provenance(request: &HttpRequest) -> Provenance<'_> {
 async fn read_body(
     request: &HttpRequest,
     shared: &Shared,
-    payload: Payload,
+    payload: actix_web::web::Payload,
 ) -> Result<Body, Problem> {
     let encoding = text_header(request, &header::CONTENT_ENCODING).unwrap_or("identity");
     if !encoding.eq_ignore_ascii_case("identity") {
@@ -258,7 +301,7 @@ fn request_id(request: &HttpRequest) -> RequestId {
     text_header(request, &REQUEST_ID).and_then(RequestId::parse).unwrap_or_else(RequestId::random)
 }
 
-fn text_header<'a>(request: &'a HttpRequest, name: &HeaderName) -> Option<&'a str> {
+pub(super) fn text_header<'a>(request: &'a HttpRequest, name: &HeaderName) -> Option<&'a str> {
     request.headers().get(name).and_then(|value| value.to_str().ok())
 }
 

@@ -7,6 +7,7 @@ use actix_web::http::header::{ALLOW, CONNECTION, CONTENT_TYPE, RETRY_AFTER, WWW_
 use actix_web::{HttpResponse, HttpResponseBuilder};
 
 use crate::chat::{ChatError, MemberState};
+use crate::peer::BOOT_HEADER;
 use crate::wire::openai::ErrorBody;
 use crate::wire::{ollama, write};
 
@@ -27,6 +28,8 @@ pub(super) struct Problem {
     /// When repeating it may help; `None`: never.
     retry_after: Option<Duration>,
     allow: Option<&'static str>,
+    /// What another node needs to prove its key.
+    boot_id: Option<String>,
     closes: bool,
     /// One word for metrics.
     reason: &'static str,
@@ -42,6 +45,7 @@ impl Problem {
             ollama: None,
             retry_after: None,
             allow: None,
+            boot_id: None,
             closes: false,
             reason: "invalid",
             counted: false,
@@ -61,6 +65,28 @@ impl Problem {
                 "a valid key is needed: Authorization: Bearer …",
             )
         }
+    }
+
+    /// Another node's proof is missing or does not hold; with `boot_id` it can make another.
+    pub(super) fn unproven(boot_id: &str) -> Problem {
+        Problem {
+            reason: "forbidden",
+            boot_id: Some(boot_id.to_owned()),
+            ..Problem::new(
+                StatusCode::UNAUTHORIZED,
+                "authentication_error",
+                "the pool key's proof is missing or does not hold",
+            )
+        }
+    }
+
+    pub(super) fn other_digest() -> Problem {
+        let message = "the model of this name has another digest";
+        Problem::new(StatusCode::CONFLICT, "invalid_request_error", message)
+    }
+
+    pub(super) fn no_such_member() -> Problem {
+        Problem::new(StatusCode::NOT_FOUND, "not_found_error", "there is no such member")
     }
 
     pub(super) fn forbidden(message: &str) -> Problem {
@@ -181,6 +207,9 @@ impl Problem {
         if self.status == StatusCode::UNAUTHORIZED {
             response.insert_header((WWW_AUTHENTICATE, "Bearer"));
         }
+        if let Some(boot_id) = &self.boot_id {
+            response.insert_header((BOOT_HEADER, boot_id.as_str()));
+        }
         if let Some(allow) = self.allow {
             response.insert_header((ALLOW, allow));
         }
@@ -202,6 +231,7 @@ impl From<ChatError> for Problem {
             ollama: Some(ollama::error_text(&error).into()),
             retry_after: error.retry_after(),
             allow: None,
+            boot_id: None,
             closes: false,
             reason: error.code(),
             counted: false,

@@ -17,6 +17,8 @@ pub enum Scope {
     Inference,
     /// Metrics.
     Metrics,
+    /// What nodes of a pool ask each other; no key opens it, only the pool key's proof.
+    Pool,
     /// Needs no key at all.
     Public,
 }
@@ -122,8 +124,13 @@ pub(super) enum Denied {
 }
 
 impl Access {
-    /// `lan`: some address is reachable from other machines.
-    pub(super) fn new(config: &Config, keys: Keys, lan: bool) -> Result<Access, String> {
+    /// `lan`: some address is reachable from other machines. `pool`: nodes of a pool can come in by their own key.
+    pub(super) fn new(
+        config: &Config,
+        keys: Keys,
+        lan: bool,
+        pool: bool,
+    ) -> Result<Access, String> {
         let trusted = config
             .trusted_clients
             .iter()
@@ -133,7 +140,7 @@ impl Access {
             })
             .collect::<Result<Vec<_>, _>>()?;
         let key_required = !keys.is_empty() || (lan && !config.allow_lan_without_key);
-        if key_required && keys.is_empty() && trusted.is_empty() {
+        if key_required && keys.is_empty() && trusted.is_empty() && !pool {
             return Err("listening beyond loopback needs a key (keys_file), trusted_clients, or \
                         allow_lan_without_key = true"
                 .to_owned());
@@ -148,6 +155,9 @@ impl Access {
         authorization: Option<&str>,
         client: IpAddr,
     ) -> Result<Option<Arc<str>>, Denied> {
+        if scope == Scope::Pool {
+            return Err(Denied::Unauthorized);
+        }
         if scope == Scope::Public || !self.key_required {
             return Ok(None);
         }
@@ -220,7 +230,7 @@ mod tests {
             trusted_clients: trusted.iter().map(|&text| text.to_owned()).collect(),
             ..Config::default()
         };
-        Access::new(&config, Keys::parse(FILE).expect("valid"), true).expect("has keys")
+        Access::new(&config, Keys::parse(FILE).expect("valid"), true, false).expect("has keys")
     }
 
     #[test]
@@ -267,13 +277,13 @@ mod tests {
     #[test]
     fn the_lan_needs_a_key_or_a_word() {
         let closed = Config::default();
-        assert!(Access::new(&closed, Keys::default(), false).is_ok());
-        assert!(Access::new(&closed, Keys::default(), true).is_err());
+        assert!(Access::new(&closed, Keys::default(), false, false).is_ok());
+        assert!(Access::new(&closed, Keys::default(), true, false).is_err());
         let open = Config { allow_lan_without_key: true, ..Config::default() };
-        assert!(Access::new(&open, Keys::default(), true).is_ok());
+        assert!(Access::new(&open, Keys::default(), true, false).is_ok());
         for bad in ["pi", "1.2.3.4/33", "1.2.3.4/", "::/129", ""] {
             let config = Config { trusted_clients: vec![bad.to_owned()], ..Config::default() };
-            assert!(Access::new(&config, Keys::default(), false).is_err(), "{bad}");
+            assert!(Access::new(&config, Keys::default(), false, false).is_err(), "{bad}");
         }
         let everybody = Network::parse("::/0").expect("a network");
         assert!(everybody.holds(IpAddr::from([1, 2, 3, 4])));

@@ -21,6 +21,11 @@ pub(super) enum Endpoint {
     OllamaShow,
     OllamaTags,
     OllamaVersion,
+    PoolMember(String),
+    PoolMembers,
+    PoolScore,
+    PoolSelf,
+    PoolState,
     Props,
     Ready,
     Root,
@@ -36,6 +41,17 @@ pub(super) struct Route {
 
 const READ: &str = "GET, HEAD";
 const ACT: &str = "POST";
+
+impl Route {
+    /// The scope that a key must have for this method: members are listed for everybody who may ask, and changed
+    /// by the owner alone.
+    pub(super) fn scope_for(&self, method: &str) -> Scope {
+        match (&self.endpoint, method) {
+            (Endpoint::PoolMembers, "POST") => Scope::Admin,
+            _ => self.scope,
+        }
+    }
+}
 
 /// The dialect in which a path's errors are.
 pub(super) fn dialect(path: &str) -> Dialect {
@@ -54,6 +70,9 @@ pub(super) fn find(path: &str) -> Option<Route> {
     if let Some(name) = path.strip_prefix("/v1/models/").or(path.strip_prefix("/models/")) {
         return route(Endpoint::Model(decode(name)?), READ, Scope::Inference);
     }
+    if let Some(name) = path.strip_prefix("/fusion/v1/members/") {
+        return route(Endpoint::PoolMember(decode(name)?), "DELETE", Scope::Admin);
+    }
     if path.starts_with("/api/blobs/") {
         return admin("this server does not store blobs", "HEAD, POST");
     }
@@ -64,6 +83,10 @@ pub(super) fn find(path: &str) -> Option<Route> {
         "/readyz" => route(Endpoint::Ready, READ, Scope::Public),
         "/metrics" => route(Endpoint::Metrics, READ, Scope::Metrics),
         "/props" => route(Endpoint::Props, READ, Scope::Inference),
+        "/fusion/v1/self" => route(Endpoint::PoolSelf, READ, Scope::Pool),
+        "/fusion/v1/score" => route(Endpoint::PoolScore, ACT, Scope::Pool),
+        "/fusion/v1/pool" => route(Endpoint::PoolState, READ, Scope::Inference),
+        "/fusion/v1/members" => route(Endpoint::PoolMembers, "GET, HEAD, POST", Scope::Inference),
         "/v1/models" | "/models" => route(Endpoint::Models, READ, Scope::Inference),
         "/v1/chat/completions" | "/chat/completions" => {
             route(Endpoint::Chat, ACT, Scope::Inference)
@@ -135,6 +158,15 @@ mod tests {
             let found = find(path).map(|route| route.endpoint);
             assert_eq!(found, name.map(|name| Endpoint::Model(name.to_owned())), "{path}");
         }
+    }
+
+    #[test]
+    fn members_are_changed_by_the_owner() {
+        let members = find("/fusion/v1/members").expect("a path");
+        assert_eq!(members.scope_for("GET"), Scope::Inference);
+        assert_eq!(members.scope_for("POST"), Scope::Admin);
+        let member = find("/fusion/v1/members/pi-a").expect("a path");
+        assert_eq!((member.scope_for("DELETE"), member.methods), (Scope::Admin, "DELETE"));
     }
 
     #[test]

@@ -49,6 +49,7 @@ impl Server {
             keys: Keys::parse(keys).expect("valid keys"),
             default_deadline: Duration::from_secs(60),
             slots: 4,
+            pool: None,
         };
         let runtime = tokio::runtime::Builder::new_multi_thread()
             .worker_threads(1)

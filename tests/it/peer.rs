@@ -2,6 +2,7 @@
 
 mod faults;
 mod lan;
+mod nodes;
 
 use std::fs;
 use std::io::{Read, Write};
