@@ -61,9 +61,9 @@ pub struct Metrics {
     /// The fit plan of the loaded model, in the order of [`PLAN`]; NaN where it does not apply.
     plan: Vec<Gauge>,
     /// Requests under way at other machines.
-    pub fusion_calls_running: IntGauge,
+    pub peer_requests_running: IntGauge,
     /// Faults of other machines by member and reason.
-    pub fusion_member_faults: IntCounterVec,
+    pub peer_faults: IntCounterVec,
     /// Other machines by what they can be asked.
     pub fusion_members: GaugeVec,
     /// Connections outside the LAN that were refused.
@@ -192,10 +192,10 @@ impl Metrics {
             soc_temperature_celsius: make
                 .gauge("soc_temperature_celsius", "Temperature of the processor."),
             plan: PLAN.iter().map(|(name, help)| make.unknown(name, help)).collect(),
-            fusion_calls_running: make
-                .int_gauge("fusion_calls_running", "Requests under way at other machines."),
-            fusion_member_faults: make.counters(
-                "fusion_member_faults_total",
+            peer_requests_running: make
+                .int_gauge("peer_requests_running", "Requests under way at other machines."),
+            peer_faults: make.counters(
+                "peer_faults_total",
                 "Faults of other machines by member and reason.",
                 &["member", "reason"],
             ),

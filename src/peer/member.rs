@@ -332,7 +332,7 @@ impl Ticket {
             return Err(Fault::new(FaultReason::BreakerOpen));
         }
         state.in_flight += 1;
-        shared.parts.metrics.fusion_calls_running.inc();
+        shared.parts.metrics.peer_requests_running.inc();
         drop(state);
         Ok(Ticket { shared: Arc::clone(shared), told: false })
     }
@@ -376,7 +376,7 @@ impl Shared {
         drop(state);
         log::debug!(target: "peer", member = config.name.as_str(), reason:%; "a request failed");
         let labels = [config.name.as_str(), reason.as_str()];
-        self.parts.metrics.fusion_member_faults.with_label_values(&labels).inc();
+        self.parts.metrics.peer_faults.with_label_values(&labels).inc();
         if matches!(reason, FaultReason::WanAddress | FaultReason::WanDns | FaultReason::WanModel) {
             self.parts.metrics.fusion_egress_refused.inc();
         }
@@ -390,7 +390,7 @@ impl Drop for Ticket {
         if !self.told {
             state.breaker.undecided();
         }
-        self.shared.parts.metrics.fusion_calls_running.dec();
+        self.shared.parts.metrics.peer_requests_running.dec();
     }
 }
 

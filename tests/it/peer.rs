@@ -94,7 +94,7 @@ impl Home {
     /// Waits until no request of ours is under way anywhere.
     fn is_idle(&self) -> bool {
         let deadline = Instant::now() + Duration::from_millis(500);
-        while self.metrics.fusion_calls_running.get() != 0 {
+        while self.metrics.peer_requests_running.get() != 0 {
             if Instant::now() > deadline {
                 return false;
             }

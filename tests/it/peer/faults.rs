@@ -37,7 +37,7 @@ fn check(kind: Kind, address: SocketAddr, patience: Duration, reason: FaultReaso
     assert_eq!(home.fault(patience), reason);
     assert!(began.elapsed() < patience + Duration::from_millis(50), "{reason}: too late");
     assert!(home.is_idle(), "{reason}: something still runs");
-    let counted = home.metrics.fusion_member_faults.with_label_values(&["there", reason.as_str()]);
+    let counted = home.metrics.peer_faults.with_label_values(&["there", reason.as_str()]);
     assert_eq!(counted.get(), 1);
 }
 
