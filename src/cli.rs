@@ -10,6 +10,7 @@ mod options;
 mod plan;
 mod serve;
 mod terminal;
+mod verify;
 
 use std::process::ExitCode;
 
@@ -29,6 +30,7 @@ Examples:
   scoutd ask \"Turn on the kitchen light\"   one question, one answer, no daemon
   scoutd chat --model smollm2.gguf         a conversation in the terminal
   scoutd convert ./checkpoint --type q4_0 --out model.gguf
+  scoutd verify model.gguf --against ./checkpoint
 
 Exit status: 0 success, 1 failure, 64 wrong usage or configuration, 69 no usable model.")]
 struct Cli {
@@ -54,6 +56,8 @@ enum Command {
     Inspect(inspect::Args),
     /// Tell whether a model will fit, how fast it would be, and what would fit instead
     Plan(plan::Args),
+    /// Compare a quantized file with what it was made from: the quality gate
+    Verify(verify::Args),
 }
 
 /// Wrong usage or configuration (`EX_USAGE`).
@@ -83,6 +87,7 @@ pub fn main() -> ExitCode {
         Command::Convert(args) => convert::run(args),
         Command::Inspect(args) => inspect::run(args),
         Command::Plan(args) => plan::run(args),
+        Command::Verify(args) => verify::run(args),
     };
     result.unwrap_or_else(|error| {
         eprintln!("scoutd: {error:#}");

@@ -4,7 +4,7 @@
 //! model, [`mapping`] says which tensor comes from where, [`recipe`] which format it gets, and
 //! [`pieces`] cuts the work so that memory stays bounded whatever the model's size. [`run`] then
 //! carries the plan out on several threads, keeps a journal to resume from, reads the file back and
-//! renames it into place.
+//! renames it into place. [`verify`] says afterwards whether the file still answers as its source.
 
 pub mod checkpoint;
 pub mod config;
@@ -18,6 +18,7 @@ pub mod recipe;
 mod report;
 mod run;
 pub mod safetensors;
+pub mod verify;
 mod vocabulary;
 
 pub use error::ConvertError;

@@ -97,6 +97,13 @@ pub(super) fn run(args: Args) -> anyhow::Result<ExitCode> {
         println!("{}", serde_json::to_string_pretty(&report)?);
     } else {
         print_report(&report);
+        if report.rms_error > 0.0 {
+            let source = options.source.display();
+            println!(
+                "does it still answer as before? scoutd verify {} --against {source}",
+                report.file
+            );
+        }
     }
     Ok(ExitCode::SUCCESS)
 }

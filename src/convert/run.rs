@@ -220,7 +220,12 @@ impl<'a> Run<'a> {
             Ok(()) => Ok(()),
             Err(rustix::io::Errno::NOSPC) => Err(full()),
             // Not every file system can; then the length alone is set.
-            Err(_) => file.set_len(self.plan.bytes).map_err(ConvertError::io(&self.partial)),
+            Err(_) => file.set_len(self.plan.bytes).map_err(|error| {
+                if !resuming {
+                    self.remove_remains();
+                }
+                ConvertError::io(&self.partial)(error)
+            }),
         }
     }
 

@@ -1,7 +1,9 @@
 //! The integration tests: one binary against the library and the real server.
 
 mod certificate;
+mod checkpoint;
 mod config;
+mod convert;
 mod daemon;
 mod doubles;
 mod egress;
