@@ -12,7 +12,7 @@ use std::path::PathBuf;
 
 use serde::Deserialize;
 
-use crate::{engine, memory, model, mqtt, peer, rest};
+use crate::{engine, memory, model, mqtt, peer, residency, rest};
 
 /// The whole configuration, with every default filled in.
 #[derive(Clone, Debug, Default, PartialEq, Deserialize)]
@@ -26,6 +26,8 @@ pub struct Config {
     pub model: ModelConfig,
     /// How memory is watched.
     pub memory: memory::Config,
+    /// How a model that is larger than memory is kept.
+    pub residency: residency::Config,
     /// How many requests at once, and what they may cost.
     pub engine: engine::Config,
     /// The HTTP door.
@@ -141,6 +143,7 @@ impl Config {
     /// Everything wrong with the values themselves; empty is right.
     pub fn check(&self) -> Vec<String> {
         let mut errors = self.memory.check();
+        errors.extend(self.residency.check());
         errors.extend(self.engine.check());
         errors.extend(self.fusion.check());
         errors

@@ -5,8 +5,8 @@
 
 use prometheus::proto::{MetricFamily, MetricType};
 use prometheus::{
-    Gauge, GaugeVec, Histogram, HistogramOpts, IntCounter, IntCounterVec, IntGauge, Opts, Registry,
-    TextEncoder,
+    Counter, Gauge, GaugeVec, Histogram, HistogramOpts, IntCounter, IntCounterVec, IntGauge, Opts,
+    Registry, TextEncoder,
 };
 
 /// Every metric of the process. Cloning is not offered: one exists, behind an `Arc`.
@@ -68,6 +68,22 @@ pub struct Metrics {
     pub fusion_members: GaugeVec,
     /// Connections outside the LAN that were refused.
     pub fusion_egress_refused: IntCounter,
+    /// Times that a step needed a routed expert of a layer, in a model that streams its experts.
+    pub expert_uses: IntCounter,
+    /// Times that it was in a slot.
+    pub expert_hits: IntCounter,
+    /// Experts that began to be read on a guess.
+    pub expert_ahead_reads: IntCounter,
+    /// Times that such a guess came true.
+    pub expert_ahead_hits: IntCounter,
+    /// Bytes of experts read from disk.
+    pub expert_read_bytes: IntCounter,
+    /// Time that steps waited for experts.
+    pub expert_wait_seconds: Counter,
+    /// Expert slots that may exist.
+    pub expert_slots: Gauge,
+    /// Bytes that expert slots and read buffers take.
+    pub expert_slot_bytes: Gauge,
     /// 1 while the broker is connected.
     pub mqtt_connected: IntGauge,
     /// 1, labelled with version and instruction set.
@@ -208,6 +224,23 @@ impl Metrics {
                 "fusion_egress_refused_total",
                 "Connections outside the LAN that were refused.",
             ),
+            expert_uses: make.counter(
+                "expert_uses_total",
+                "Times a step needed a routed expert of a layer, where experts are streamed.",
+            ),
+            expert_hits: make
+                .counter("expert_hits_total", "Times the needed expert was in a slot."),
+            expert_ahead_reads: make
+                .counter("expert_ahead_reads_total", "Experts that began to be read on a guess."),
+            expert_ahead_hits: make
+                .counter("expert_ahead_hits_total", "Times such a guess came true."),
+            expert_read_bytes: make
+                .counter("expert_read_bytes_total", "Bytes of experts read from disk."),
+            expert_wait_seconds: make
+                .seconds("expert_wait_seconds_total", "Time that steps waited for experts."),
+            expert_slots: make.gauge("expert_slots", "Expert slots that may exist."),
+            expert_slot_bytes: make
+                .gauge("expert_slot_bytes", "Bytes that expert slots and read buffers take."),
             mqtt_connected: make.int_gauge("mqtt_connected", "1 while the broker is connected."),
             build_info: make.gauges(
                 "build_info",
@@ -289,6 +322,10 @@ impl Maker<'_> {
 
     fn counter(&self, name: &str, help: &str) -> IntCounter {
         self.register(IntCounter::with_opts(Self::opts(name, help)))
+    }
+
+    fn seconds(&self, name: &str, help: &str) -> Counter {
+        self.register(Counter::with_opts(Self::opts(name, help)))
     }
 
     fn counters(&self, name: &str, help: &str, labels: &[&str]) -> IntCounterVec {

@@ -1,6 +1,7 @@
 //! A model with its weights and KV cache, as the engine sees it: batches of tokens in, logits out.
 
 mod blueprint;
+mod experts;
 mod forward;
 mod kv;
 mod llama;
@@ -21,6 +22,8 @@ use std::sync::Arc;
 use scoutd_kernels::{Format, Isa, MatrixError, Precision};
 
 use crate::gguf::{Gguf, GgufError, Mapping};
+use crate::memory::Ledger;
+use crate::residency::{ExpertSlots, ReadError, SlotsError, SlotsOptions};
 use crate::units::{SlotId, TokenId};
 
 #[cfg(test)]
@@ -60,6 +63,20 @@ pub struct ModelOptions {
     pub slots: usize,
     /// Tokens of one pass through the weights. It sizes the scratch; a larger batch takes several passes.
     pub pass_tokens_max: usize,
+    /// Keep routed experts in slots and read the others when they are needed; `None` takes all from the mapping.
+    /// Answers are the same bit for bit, if passes are cut alike.
+    pub streaming: Option<StreamedExperts>,
+}
+
+/// How the experts of a model that is larger than memory are kept.
+#[derive(Clone, Debug, Default)]
+pub struct StreamedExperts {
+    /// How many, and how they are read.
+    pub slots: SlotsOptions,
+    /// Where the memory of slots is promised, if anybody keeps account.
+    pub ledger: Option<Arc<Ledger>>,
+    /// Whose they are, in the ledger's table.
+    pub label: String,
 }
 
 impl Default for ModelOptions {
@@ -71,9 +88,14 @@ impl Default for ModelOptions {
             kv_type: KvType::F16,
             slots: 1,
             pass_tokens_max: 256,
+            streaming: None,
         }
     }
 }
+
+/// Least tokens of the largest pass of a model that streams: a sweep reads each missing expert once, however many
+/// tokens use it.
+pub const STREAMED_PASS_TOKENS: usize = 1024;
 
 /// The numbers in the KV cache.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -127,6 +149,17 @@ pub trait Model: Send {
     /// Bytes of the buffers of a pass, apart from weights and KV: what the largest pass may touch.
     fn scratch_bytes(&self) -> u64 {
         0
+    }
+
+    /// The slots of a model that reads its experts when they are needed.
+    fn expert_slots(&self) -> Option<Arc<ExpertSlots>> {
+        None
+    }
+
+    /// Prompt tokens that a pass should have where there are so many: where each pass reads most of the file, small
+    /// pieces would cost as much as large ones.
+    fn prefill_tokens_wanted(&self) -> usize {
+        1
     }
 }
 
@@ -186,6 +219,12 @@ pub enum ModelError {
         "logits are not finite, in the rows {rows:?} of the batch: the model's weights are damaged"
     )]
     NotFinite { rows: Vec<usize> },
+    /// An expert did not arrive.
+    #[error(transparent)]
+    Read(#[from] ReadError),
+    /// Expert slots cannot be had.
+    #[error(transparent)]
+    Slots(#[from] SlotsError),
     /// A tensor in a format that its use does not allow.
     #[error("tensor `{tensor}` is {format} and must be F32")]
     TensorFormat { tensor: String, format: Format },

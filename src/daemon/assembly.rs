@@ -8,7 +8,7 @@ use std::time::UNIX_EPOCH;
 use scoutd_kernels::{Isa, Kernels};
 use sha2::{Digest, Sha256};
 
-use super::fitting::{Fitted, fit_and_reserve};
+use super::fitting::{Fitted, fit_and_reserve, streaming_without_ledger};
 use super::{StartError, built_in};
 use crate::chat::{Backend, ModelCard, ModelName, Router};
 use crate::config::Config;
@@ -16,7 +16,7 @@ use crate::engine::{self, EngineParts, Local};
 use crate::gguf::{Gguf, Mapping};
 use crate::memory::{Ledger, MemoryProbe, Permit, ProcProbe, Watch};
 use crate::metrics::Metrics;
-use crate::model::{self, KvType, Model, ModelOptions};
+use crate::model::{self, KvType, Model, ModelOptions, StreamedExperts};
 use crate::store::Fit;
 use crate::template::ChatTemplate;
 use crate::tokenizer::Tokenizer;
@@ -88,9 +88,11 @@ impl Assembly {
 
         let mapping = map_model(config)?;
         let label = name(config, mapping.path());
-        let Fitted { fit, permits } = fit_and_reserve(config, &mapping, &label, &ledger, &sample)?;
+        let Fitted { fit, permits, streaming } =
+            fit_and_reserve(config, &mapping, &label, &ledger, &sample)?;
         metrics.set_plan(&fit.figures());
-        let opened = open_mapped(config, mapping, EngineParts::slots_needed(&config.engine))?;
+        let sequences = EngineParts::slots_needed(&config.engine);
+        let opened = open_mapped(config, mapping, sequences, streaming)?;
         let template = template(&opened.mapping)?;
         let card = card(config, &opened, &template, fit.context_tokens);
         let summary = opened.summary();
@@ -126,7 +128,7 @@ impl Assembly {
 /// As [`Assembly::open`].
 pub fn check(config: &Config) -> Result<(), StartError> {
     check_config(config)?;
-    let opened = open_model(config, 1)?;
+    let opened = open_mapped(config, map_model(config)?, 1, None)?;
     template(&opened.mapping)?;
     Ok(())
 }
@@ -146,12 +148,16 @@ fn check_config(config: &Config) -> Result<(), StartError> {
     if errors.is_empty() { Ok(()) } else { Err(StartError::Config(errors.join("\n"))) }
 }
 
-/// Opens the configured model for `slots` sequences at once.
+/// Opens the configured model for `slots` sequences at once; one that would stream in the daemon streams here.
 ///
 /// # Errors
 /// If the file is no model that can be run here, or the configured instruction set is missing.
 pub fn open_model(config: &Config, slots: u16) -> Result<OpenModel, StartError> {
-    open_mapped(config, map_model(config)?, slots)
+    let mapping = map_model(config)?;
+    let sample = ProcProbe::new().and_then(|mut probe| probe.sample());
+    let sample = sample.map_err(StartError::Memory)?;
+    let streaming = streaming_without_ledger(config, &mapping, &sample);
+    open_mapped(config, mapping, slots, streaming)
 }
 
 /// The bytes of the configured model, none of them read yet.
@@ -170,6 +176,7 @@ fn open_mapped(
     config: &Config,
     mapping: Arc<Mapping>,
     slots: u16,
+    streaming: Option<StreamedExperts>,
 ) -> Result<OpenModel, StartError> {
     let kernels = kernels(config)?;
     let threads = threads(config);
@@ -180,6 +187,7 @@ fn open_mapped(
         kv_type: KvType::from(config.model.kv),
         slots: usize::from(slots),
         pass_tokens_max: config.engine.prefill_tokens_max,
+        streaming,
     };
     let model = model::open(Arc::clone(&mapping), &options).map_err(|error| StartError::Model {
         path: mapping.path().to_owned(),

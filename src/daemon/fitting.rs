@@ -7,7 +7,7 @@ use super::facts::machine_record;
 use crate::config::Config;
 use crate::gguf::{Gguf, Mapping};
 use crate::memory::{Ledger, MemorySample, Permit, Purpose, Shortfall};
-use crate::model::{KvType, Outline};
+use crate::model::{self, KvType, Outline, StreamedExperts};
 use crate::residency::Plan;
 use crate::store::{self, CONTEXT_MIN, Fit, Instead, Machine, MachineRecord, Rates, Wish};
 use crate::units::Bytes;
@@ -28,6 +28,8 @@ pub fn context(asked: u32, trained: u32) -> u32 {
 pub(super) struct Fitted {
     pub(super) fit: Fit,
     pub(super) permits: Vec<Permit>,
+    /// How its experts are kept, if they are not simply mapped. Their promise is made when the slots are.
+    pub(super) streaming: Option<StreamedExperts>,
 }
 
 /// Plans the model of `mapping` in what `ledger` may promise, and reserves it.
@@ -58,8 +60,10 @@ pub(super) fn fit_and_reserve(
     let fit = best_fit(config, &outline, &machine);
     let too_large =
         |fit: &Fit| StartError::NoHeadroom { path: path.to_owned(), plan: text(fit, &machine) };
-    let needs = outline.needs(fit.context_tokens, config.engine.prefill_tokens_max);
+    let slots = slots(config, mapping, &outline, &fit.plan);
+    let needs = outline.needs(fit.context_tokens, pass_tokens(config, slots.is_some()));
     let weights = match &fit.plan {
+        _ if slots.is_some() => needs.dense,
         Plan::Resident(parts) => parts.pinned.saturating_add(parts.cached),
         _ if config.model.force => {
             // What is not reserved stays in the file and comes through the page cache, page by page.
@@ -77,7 +81,47 @@ pub(super) fn fit_and_reserve(
             .collect::<Result<Vec<Permit>, Shortfall>>();
     // The plan was made in what the ledger had free; others may have taken of it in between.
     let permits = permits.map_err(|_| too_large(&fit))?;
-    Ok(Fitted { fit, permits })
+    let streaming = slots.map(|bytes| StreamedExperts {
+        slots: config.residency.slots_options(bytes),
+        ledger: Some(Arc::clone(ledger)),
+        label: name.to_owned(),
+    });
+    Ok(Fitted { fit, permits, streaming })
+}
+
+/// How a model is opened where nobody keeps account: as it would be served.
+pub(super) fn streaming_without_ledger(
+    config: &Config,
+    mapping: &Mapping,
+    sample: &MemorySample,
+) -> Option<StreamedExperts> {
+    let gguf = Gguf::parse(mapping.bytes()).ok()?;
+    let outline = Outline::from_gguf(&gguf, KvType::from(config.model.kv)).ok()?;
+    let kept_free = sample.total.0 as f64 * config.memory.keep_free_percent / 100.0;
+    let ledger = Ledger::new(sample.available.saturating_sub(Bytes(kept_free as u64)));
+    let fit = best_fit(config, &outline, &machine(config, &ledger, sample));
+    let bytes = slots(config, mapping, &outline, &fit.plan)?;
+    let slots = config.residency.slots_options(bytes);
+    Some(StreamedExperts { slots, ledger: None, label: String::new() })
+}
+
+/// Bytes for expert slots, if the model streams: as many as are configured, or as the plan found.
+fn slots(config: &Config, mapping: &Mapping, outline: &Outline, plan: &Plan) -> Option<Bytes> {
+    let has_experts = !outline.needs(0, 0).expert_layers.is_empty();
+    if mapping.file().is_none() || !has_experts {
+        return None;
+    }
+    match (config.residency.expert_slots_bytes, plan) {
+        (Some(bytes), _) => Some(Bytes(bytes)),
+        (None, Plan::Streams(streaming)) => Some(streaming.slots),
+        (None, _) => None,
+    }
+}
+
+/// Tokens of the largest pass.
+fn pass_tokens(config: &Config, streams: bool) -> usize {
+    let wanted = if streams { model::STREAMED_PASS_TOKENS } else { 1 };
+    config.engine.prefill_tokens_max.max(wanted)
 }
 
 /// This machine as the ledger sees it.
@@ -96,11 +140,15 @@ fn machine(config: &Config, ledger: &Ledger, sample: &MemorySample) -> Machine {
 /// The fit with the configured context. Where none is configured, a shorter one is taken if only that fits.
 fn best_fit(config: &Config, outline: &Outline, machine: &Machine) -> Fit {
     let asked = config.model.context_tokens;
-    let wish = Wish {
+    let mut wish = Wish {
         context_tokens: context(asked, outline.spec.context_len),
-        pass_tokens: config.engine.prefill_tokens_max,
+        pass_tokens: pass_tokens(config, false),
     };
-    let fit = store::fit(outline, machine, wish);
+    let mut fit = store::fit(outline, machine, wish);
+    if matches!(fit.plan, Plan::Streams(_)) {
+        wish.pass_tokens = pass_tokens(config, true);
+        fit = store::fit(outline, machine, wish);
+    }
     match fit.instead.first() {
         Some(Instead::Context { tokens }) if asked == 0 && *tokens >= CONTEXT_MIN => {
             let context_tokens = *tokens;

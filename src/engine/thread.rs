@@ -31,6 +31,7 @@ use super::submission::{Prepared, Submission};
 use crate::chat::{ChatError, ChatEvent, FinishReason};
 use crate::memory::{Permit, Purpose, Shortfall};
 use crate::model::{Model, ModelSpec};
+use crate::residency::{ExpertSlots, SlotStats};
 use crate::units::{Bytes, SequenceId, SlotId, TokenId};
 
 /// How long an ended answer's last events wait for a reader that is still there.
@@ -39,6 +40,9 @@ const LEAVING_GRACE: Duration = Duration::from_secs(30);
 /// What the thread works with.
 struct Engine {
     model: Box<dyn Model>,
+    expert_slots: Option<Arc<ExpertSlots>>,
+    /// What the metrics know of the expert slots.
+    published: SlotStats,
     shared: Arc<Shared>,
     waker: Waker,
     scheduler: Scheduler,
@@ -99,16 +103,21 @@ fn score_tokens_max(spec: &ModelSpec, config: &Config) -> usize {
 impl Engine {
     fn new(model: Box<dyn Model>, shared: Arc<Shared>, scratch: Permit) -> Engine {
         let config = &shared.preparer.config;
+        // Where each piece costs a sweep over the disk, small ones would not leave more to those that write.
+        let wanted = model.prefill_tokens_wanted();
         let limits = SchedulerLimits {
             running_max: usize::from(config.slots),
             waiting_max: config.waiting_max,
-            prefill_tokens_max: config.prefill_tokens_max,
+            prefill_tokens_max: config.prefill_tokens_max.max(wanted),
             prefill_tokens_beside_decode: config
                 .prefill_tokens_beside_decode
-                .min(config.prefill_tokens_max),
+                .min(config.prefill_tokens_max)
+                .max(wanted),
             score_tokens_max: score_tokens_max(&shared.spec, config),
         };
         Engine {
+            expert_slots: model.expert_slots(),
+            published: SlotStats::default(),
             model,
             waker: Waker::from(Arc::clone(&shared.inbox)),
             scheduler: Scheduler::new(limits),
@@ -316,7 +325,21 @@ impl Engine {
     }
 
     /// Tells the front and the metrics how things stand.
-    fn publish(&self) {
+    fn publish(&mut self) {
+        if let Some(slots) = &self.expert_slots {
+            let stats = slots.stats();
+            let new = stats.since(&self.published);
+            self.published = stats;
+            let metrics = &self.shared.metrics;
+            metrics.expert_uses.inc_by(new.uses);
+            metrics.expert_hits.inc_by(new.hits);
+            metrics.expert_ahead_reads.inc_by(new.ahead_reads);
+            metrics.expert_ahead_hits.inc_by(new.ahead_hits);
+            metrics.expert_read_bytes.inc_by(new.bytes_read);
+            metrics.expert_wait_seconds.inc_by(new.wait_ns as f64 / 1e9);
+            metrics.expert_slots.set(stats.slots as f64);
+            metrics.expert_slot_bytes.set(stats.held_bytes as f64);
+        }
         let resting = self.resting.bytes();
         self.shared.resting_bytes.store(resting.0, Ordering::Relaxed);
         let metrics = &self.shared.metrics;

@@ -79,6 +79,14 @@ impl Mapping {
         }
     }
 
+    /// The mapped file, read only; none if the bytes are part of the program.
+    pub fn file(&self) -> Option<&File> {
+        match &self.source {
+            Source::File { file, .. } => Some(file),
+            Source::Program(_) => None,
+        }
+    }
+
     /// The path it was opened by.
     pub fn path(&self) -> &Path {
         &self.path

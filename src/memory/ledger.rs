@@ -13,6 +13,8 @@ use crate::units::Bytes;
 pub enum Purpose {
     /// Mapped weights of a model. *Touched* means locked here: unlocked pages still count as available.
     Weights,
+    /// Expert slots of a streamed model, and the buffers its experts are read into.
+    Experts,
     /// Keys and values of sequences that wait or run.
     Kv,
     /// Keys and values of finished sequences, kept for the next prompt; given up when others need room.
@@ -25,13 +27,20 @@ pub enum Purpose {
 
 impl Purpose {
     /// All of them, in the order of the start-up table.
-    pub const ALL: [Purpose; 5] =
-        [Purpose::Weights, Purpose::Kv, Purpose::Prefix, Purpose::Scratch, Purpose::Doors];
+    pub const ALL: [Purpose; 6] = [
+        Purpose::Weights,
+        Purpose::Experts,
+        Purpose::Kv,
+        Purpose::Prefix,
+        Purpose::Scratch,
+        Purpose::Doors,
+    ];
 
     /// The word used in metrics and tables.
     pub fn name(self) -> &'static str {
         match self {
             Purpose::Weights => "weights",
+            Purpose::Experts => "experts",
             Purpose::Kv => "kv",
             Purpose::Prefix => "prefix",
             Purpose::Scratch => "scratch",

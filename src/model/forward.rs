@@ -7,20 +7,29 @@ use std::sync::{Arc, Mutex, PoisonError};
 use scoutd_kernels::vector::sigmoid;
 use scoutd_kernels::{Attention, Kernels, Team, Vector};
 
+use super::experts::{Source, Streamed};
 use super::kv::KvCache;
 use super::rope::Rope;
 use super::scratch::{Arithmetic, AttentionWork, GatedWork, Inputs, Routed, Scratch};
 use super::shape::{Layer, Shape};
 use super::weights::{FeedForwardWeights, Gated, Tensor, Weights};
-use super::{Batch, BatchRow, LogitsWanted, Model, ModelError, ModelOptions, ModelSpec};
+use super::{
+    Batch, BatchRow, LogitsWanted, Model, ModelError, ModelOptions, ModelSpec, STREAMED_PASS_TOKENS,
+};
 use crate::gguf::{Gguf, Mapping};
+use crate::residency::pager::{self, Guard};
+use crate::residency::{ExpertSlots, ExpertStream};
 use crate::units::{SlotId, TokenId};
 
 /// A model of any supported architecture.
 pub(super) struct Transformer {
+    /// Before the weights, so that it ends while they are still mapped.
+    guard: Option<Guard>,
     spec: ModelSpec,
     shape: Shape,
     weights: Weights,
+    /// Where routed experts come from, if not from the mapping.
+    streamed: Option<Streamed>,
     rope: Rope,
     kv: KvCache,
     scratch: Scratch,
@@ -61,13 +70,19 @@ impl Transformer {
         let gguf = Gguf::parse(shared.bytes())?;
         let shape = Shape::from_gguf(&gguf)?;
         let weights = Weights::find(mapping, &gguf, &shape)?;
+        let streamed = match &options.streaming {
+            Some(streaming) => Streamed::open(&shared, &weights, streaming)?,
+            None => None,
+        };
         let kernels = match options.isa {
             Some(isa) => Kernels::with_isa(isa).ok_or(ModelError::Isa(isa))?,
             None => Kernels::detect(),
         };
-        let pass_tokens_max = options.pass_tokens_max.max(1);
+        let wanted = if streamed.is_some() { STREAMED_PASS_TOKENS } else { 1 };
+        let pass_tokens_max = options.pass_tokens_max.max(wanted.min(shape.context_len));
         let page_tokens = shape.page_tokens();
         Ok(Transformer {
+            guard: pager::guard(&shared),
             spec: shape.spec(options.kv_type),
             rope: Rope::new(shape.rope_theta, shape.head_len, weights.rope_factors.as_deref()),
             kv: KvCache::new(&shape, options.kv_type, page_tokens, options.slots),
@@ -81,6 +96,7 @@ impl Transformer {
             plan: PassPlan::default(),
             pass_tokens_max,
             weights,
+            streamed,
             shape,
             #[cfg(test)]
             trace: super::tests::Trace::default(),
@@ -113,8 +129,17 @@ impl Transformer {
         Ok(())
     }
 
+    /// Refuses a file that was cut or written to: its weights are no longer those of the model.
+    fn check_file(&self) -> Result<(), ModelError> {
+        self.weights.check_unchanged()?;
+        match &self.guard {
+            Some(guard) if guard.is_damaged() => Err(self.weights.unreadable()),
+            _ => Ok(()),
+        }
+    }
+
     /// Embeds the tokens of the pass, runs the layers, and leaves the residual stream in the scratch.
-    fn run_layers(&mut self) {
+    fn run_layers(&mut self) -> Result<(), ModelError> {
         for segment in &self.plan.segments {
             self.kv.extend(segment.slot, segment.tokens.len());
             let d = self.shape.head_len;
@@ -124,17 +149,22 @@ impl Transformer {
             }
         }
         let tokens = self.plan.tokens();
+        if let Some(streamed) = &mut self.streamed {
+            let prompt = self.plan.segments.iter().any(|segment| segment.tokens.len() > 1);
+            streamed.begin(&self.shape, tokens, prompt);
+        }
         for index in 0..self.shape.layers.len() {
             self.attention(index, tokens);
             #[cfg(test)]
             self.trace.record("attn", Some(index), &self.scratch.x[..tokens * self.shape.hidden]);
-            self.feed_forward(index, tokens);
+            self.feed_forward(index, tokens)?;
             #[cfg(test)]
             self.trace.record("layer", Some(index), &self.scratch.x[..tokens * self.shape.hidden]);
         }
         for segment in &self.plan.segments {
             self.kv.advance(segment.slot, segment.tokens.len());
         }
+        Ok(())
     }
 
     /// `x += Wo attention(norm(x))`
@@ -176,8 +206,10 @@ impl Transformer {
     }
 
     /// `x += feed_forward(norm(x))`
-    fn feed_forward(&mut self, index: usize, tokens: usize) {
-        let Transformer { shape, weights, scratch, arithmetic, vector, .. } = self;
+    ///
+    /// Router first: while missing experts are on their way, the shared one is computed.
+    fn feed_forward(&mut self, index: usize, tokens: usize) -> Result<(), ModelError> {
+        let Transformer { shape, weights, streamed, scratch, arithmetic, vector, .. } = self;
         let (hidden, weights_of) = (shape.hidden, &weights.layers[index]);
         let Scratch { x, h, sum, gated, routed, inputs, .. } = scratch;
         let (x, h) = (&mut x[..tokens * hidden], &mut h[..tokens * hidden]);
@@ -192,11 +224,17 @@ impl Transformer {
                 pass.route(inputs, router, h, routed);
                 #[cfg(test)]
                 self.trace.record_experts(index, &routed.chosen);
+                if let Some(streamed) = streamed {
+                    streamed.start(index, &routed.chosen, &routed.order)?;
+                    pass.expect(streamed, shape, index, inputs, x, routed, sum);
+                }
                 pass.dense(inputs, shared, h, gated, sum);
-                pass.experts(experts, h, routed, sum);
+                let stream = streamed.as_mut().map(|streamed| &mut streamed.stream);
+                pass.experts(experts, stream, h, routed, sum)?;
             }
         }
         vector.add_assign(x, sum);
+        Ok(())
     }
 
     /// Writes the wanted logits of the pass to their rows.
@@ -269,14 +307,19 @@ impl Model for Transformer {
 
     fn forward(&mut self, batch: &Batch, logits: &mut Vec<f32>) -> Result<(), ModelError> {
         self.check(batch)?;
+        self.check_file()?;
         let rows: usize = batch.rows.iter().map(logits_rows).sum();
         logits.clear();
         logits.resize(rows * self.shape.vocab_len, 0.0);
         self.plan.done.clear();
         self.plan.done.resize(batch.rows.len(), 0);
         while self.next_pass(batch) {
-            self.run_layers();
+            self.run_layers()?;
             self.head(logits);
+        }
+        // What was lost while the pass ran was read as zeros.
+        if self.guard.as_ref().is_some_and(Guard::is_damaged) {
+            self.check_file()?;
         }
         refuse_not_finite(batch, logits, self.shape.vocab_len)
     }
@@ -299,6 +342,14 @@ impl Model for Transformer {
 
     fn scratch_bytes(&self) -> u64 {
         Scratch::bytes(&self.shape, self.pass_tokens_max)
+    }
+
+    fn expert_slots(&self) -> Option<Arc<ExpertSlots>> {
+        self.streamed.as_ref().map(|streamed| Arc::clone(streamed.stream.slots()))
+    }
+
+    fn prefill_tokens_wanted(&self) -> usize {
+        if self.streamed.is_some() { self.pass_tokens_max } else { 1 }
     }
 }
 
@@ -498,14 +549,12 @@ impl Gating<'_> {
 
     /// Chooses each token's expert: the largest router logit, the first of equals, and its sigmoid.
     fn route(&mut self, inputs: &mut Inputs, router: &Tensor, h: &[f32], routed: &mut Routed) {
-        let experts = router.rows;
-        let logits = &mut routed.logits[..h.len() / self.hidden * experts];
-        let matrix = self.weights.matrix(router);
-        inputs.multiply(self.arithmetic, h, self.hidden, &mut [(matrix, &mut *logits)]);
-        routed.chosen.clear();
-        for row in logits.chunks_exact(experts) {
+        let Routed { logits, chosen, .. } = routed;
+        let logits = self.router_logits(inputs, router, h, logits);
+        chosen.clear();
+        for row in logits.chunks_exact(router.rows) {
             let expert = self.vector.argmax(row);
-            routed.chosen.push((expert, sigmoid(row[expert])));
+            chosen.push((expert, sigmoid(row[expert])));
         }
         routed.order.clear();
         routed.order.extend(0..routed.chosen.len());
@@ -513,34 +562,75 @@ impl Gating<'_> {
         routed.order.sort_unstable_by_key(|&token| (routed.chosen[token].0, token));
     }
 
+    fn router_logits<'l>(
+        &mut self,
+        inputs: &mut Inputs,
+        router: &Tensor,
+        h: &[f32],
+        logits: &'l mut [f32],
+    ) -> &'l [f32] {
+        let logits = &mut logits[..h.len() / self.hidden * router.rows];
+        let matrix = self.weights.matrix(router);
+        inputs.multiply(self.arithmetic, h, self.hidden, &mut [(matrix, &mut *logits)]);
+        logits
+    }
+
+    /// Guesses the experts of the next layer by its router over the present stream `x`, which lacks what this
+    /// layer's experts and the next layer's attention will add. `free` is overwritten.
+    #[expect(clippy::too_many_arguments, reason = "buffers of the scratch, each in its role")]
+    fn expect(
+        &mut self,
+        streamed: &mut Streamed,
+        shape: &Shape,
+        index: usize,
+        inputs: &mut Inputs,
+        x: &[f32],
+        routed: &mut Routed,
+        free: &mut [f32],
+    ) {
+        let Some((layer, number)) = streamed.next_layer(index) else { return };
+        let weights_of = &self.weights.layers[layer];
+        let FeedForwardWeights::Experts { router, .. } = &weights_of.feed_forward else { return };
+        norm_rows(self.vector, shape, &weights_of.ffn_norm, x, free);
+        let logits = self.router_logits(inputs, router, free, &mut routed.logits);
+        let rows = logits.chunks_exact(router.rows);
+        streamed.stream.expect(number, rows.map(|row| self.vector.argmax(row)));
+    }
+
     /// `out += down (silu(s gate h) * (s up h))`, each token through its expert, each expert once.
     ///
     /// The score s scales the expert's input; as `gate (s h) = s (gate h)`, the rounding of h is shared.
-    fn experts(&mut self, gated: &Gated, h: &[f32], routed: &mut Routed, out: &mut [f32]) {
+    fn experts(
+        &mut self,
+        gated: &Gated,
+        stream: Option<&mut ExpertStream>,
+        h: &[f32],
+        routed: &mut Routed,
+        out: &mut [f32],
+    ) -> Result<(), ModelError> {
         let (hidden, width) = (self.hidden, gated.gate.rows);
         let Routed { chosen, order, h: rows, gated: work, sum, inputs, .. } = routed;
-        for group in order.chunk_by(|&a, &b| chosen[a].0 == chosen[b].0) {
-            let (expert, count) = (chosen[group[0]].0, group.len());
+        let mut source = Source::new(self.weights, gated, chosen, order, stream);
+        while let Some(group) = source.next_tokens()? {
+            let count = group.len();
             for (row, &token) in rows.chunks_exact_mut(hidden).zip(group) {
                 row.copy_from_slice(&h[token * hidden..(token + 1) * hidden]);
             }
             let [gate, up, product] = work.rows(count * width);
             let sum = &mut sum[..count * hidden];
-            let products = &mut [
-                (self.weights.expert(&gated.gate, expert), &mut *gate),
-                (self.weights.expert(&gated.up, expert), &mut *up),
-            ];
+            let products = &mut [(source.gate(), &mut *gate), (source.up(), &mut *up)];
             inputs.multiply(self.arithmetic, &rows[..count * hidden], hidden, products);
             for (row, &token) in group.iter().enumerate() {
                 let own = row * width..(row + 1) * width;
                 let (gate, up) = (&gate[own.clone()], &up[own.clone()]);
                 self.vector.silu_mul(gate, up, chosen[token].1, &mut product[own]);
             }
-            let down = self.weights.expert(&gated.down, expert);
+            let down = source.down()?;
             inputs.multiply(self.arithmetic, product, width, &mut [(down, &mut *sum)]);
             for (&token, sum) in group.iter().zip(sum.chunks_exact(hidden)) {
                 self.vector.add_assign(&mut out[token * hidden..(token + 1) * hidden], sum);
             }
         }
+        Ok(())
     }
 }

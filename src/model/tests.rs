@@ -6,6 +6,7 @@ mod fixture;
 mod goldens;
 mod reference;
 mod refusals;
+mod streaming;
 
 /// What a pass saw on its way, for comparison with goldens.
 #[derive(Default)]

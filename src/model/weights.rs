@@ -6,7 +6,7 @@ use scoutd_kernels::{Format, Matrix};
 
 use super::ModelError;
 use super::shape::{FeedForward, OUTPUT, OUTPUT_NORM, ROPE_FREQS, Shape, TOKEN_EMBD, layer_tensor};
-use crate::gguf::{Gguf, Mapping};
+use crate::gguf::{Gguf, GgufError, Mapping};
 
 /// The weights of a model. Matrices stay in the mapping and are read there; norms, router and rotation
 /// factors are copied, as they are small and must be finite.
@@ -119,6 +119,18 @@ impl Weights {
         })
     }
 
+    /// Fails if the file is not as it was when it was opened.
+    pub(super) fn check_unchanged(&self) -> Result<(), ModelError> {
+        Ok(self.mapping.check_unchanged()?)
+    }
+
+    /// What to say when bytes of a file that has not changed could not be read.
+    pub(super) fn unreadable(&self) -> ModelError {
+        let path = self.mapping.path().to_owned();
+        let source = std::io::Error::other("the disk could not read mapped weights");
+        ModelError::File(GgufError::Io { path, source })
+    }
+
     /// The matrix `tensor`, or the first of several.
     pub(super) fn matrix(&self, tensor: &Tensor) -> Matrix<'_> {
         self.expert(tensor, 0)
@@ -127,8 +139,24 @@ impl Weights {
     /// One of several matrices behind each other.
     pub(super) fn expert(&self, tensor: &Tensor, expert: usize) -> Matrix<'_> {
         let start = tensor.offset + expert * tensor.bytes;
-        let bytes = &self.mapping.bytes()[start..start + tensor.bytes];
-        Matrix::new(tensor.format, tensor.rows, tensor.cols, bytes).expect("checked when found")
+        tensor.matrix(&self.mapping.bytes()[start..start + tensor.bytes])
+    }
+}
+
+impl Tensor {
+    /// One matrix of this kind in `bytes`, which lie as they do in the file, up to whole pages.
+    pub(super) fn matrix<'a>(&self, bytes: &'a [u8]) -> Matrix<'a> {
+        Matrix::new(self.format, self.rows, self.cols, bytes).expect("checked when found")
+    }
+
+    /// Where the first matrix begins in the file.
+    pub(super) fn offset(&self) -> usize {
+        self.offset
+    }
+
+    /// Bytes of one matrix.
+    pub(super) fn bytes(&self) -> usize {
+        self.bytes
     }
 }
 

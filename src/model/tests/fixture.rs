@@ -1,6 +1,7 @@
 //! Small models: the golden one in any format, and made-up ones of both architectures.
 
 use std::collections::BTreeMap;
+use std::path::Path;
 use std::sync::{Arc, LazyLock};
 
 use rand::rngs::ChaCha8Rng;
@@ -160,6 +161,17 @@ impl Parts {
     }
 
     pub(super) fn mapping(&self) -> Arc<Mapping> {
+        Arc::new(Mapping::built_in("made for a test", Box::leak(self.bytes().into_boxed_slice())))
+    }
+
+    /// The model as a file in `dir`, mapped.
+    pub(super) fn file(&self, dir: &Path) -> Arc<Mapping> {
+        let path = dir.join("model.gguf");
+        std::fs::write(&path, self.bytes()).expect("room for it");
+        Arc::new(Mapping::open(&path).expect("a regular file"))
+    }
+
+    fn bytes(&self) -> Vec<u8> {
         let mut header = GgufHeader::new(32);
         for (key, value) in &self.keys {
             match value {
@@ -180,8 +192,7 @@ impl Parts {
             let bytes = quantized(format_of(name, shape), shape, values);
             writer.tensor(name, &bytes).expect("announced");
         }
-        let bytes = writer.finish().expect("complete");
-        Arc::new(Mapping::built_in("made for a test", Box::leak(bytes.into_boxed_slice())))
+        writer.finish().expect("complete")
     }
 
     pub(super) fn open(&self, options: &ModelOptions) -> Transformer {

@@ -1,0 +1,158 @@
+//! Where the routed experts of a pass come from: the mapping, or expert slots.
+
+use scoutd_kernels::Matrix;
+
+use super::shape::Shape;
+use super::weights::{FeedForwardWeights, Gated, Tensor, Weights};
+use super::{ModelError, StreamedExperts};
+use crate::gguf::Mapping;
+use crate::residency::{ExpertSlots, ExpertStream, LayerFile, PartFile, Step};
+
+/// The experts of a model that reads them when they are needed.
+pub(super) struct Streamed {
+    pub(super) stream: ExpertStream,
+    /// For each layer of the model its number among those with experts.
+    numbers: Vec<Option<usize>>,
+    /// What the present pass is.
+    pub(super) step: Step,
+}
+
+impl Streamed {
+    /// None if the model has no experts: then there is nothing to stream.
+    pub(super) fn open(
+        mapping: &Mapping,
+        weights: &Weights,
+        streaming: &StreamedExperts,
+    ) -> Result<Option<Streamed>, ModelError> {
+        let mut numbers = Vec::new();
+        let mut layers = Vec::new();
+        for layer in &weights.layers {
+            numbers.push(match &layer.feed_forward {
+                FeedForwardWeights::Dense(_) => None,
+                FeedForwardWeights::Experts { router, routed, .. } => {
+                    layers.push(routed.file(router.rows));
+                    Some(layers.len() - 1)
+                }
+            });
+        }
+        if layers.is_empty() {
+            return Ok(None);
+        }
+        let ledger = streaming.ledger.as_ref().map(|ledger| (ledger, streaming.label.as_str()));
+        let slots = ExpertSlots::open(mapping, layers, &streaming.slots, ledger)?;
+        let stream = slots.stream(streaming.slots.ahead);
+        Ok(Some(Streamed { stream, numbers, step: Step::Decode }))
+    }
+
+    /// Says of what kind the next pass is.
+    pub(super) fn begin(&mut self, shape: &Shape, tokens: usize, prompt: bool) {
+        self.step = match prompt {
+            false => Step::Decode,
+            true if tokens >= SWEEP_TOKENS_PER_EXPERT * shape.experts_max() => Step::Sweep,
+            true => Step::Prompt,
+        };
+    }
+
+    /// The experts that the tokens of a pass chose in `layer` begin to arrive. `order` are the tokens in the order
+    /// of their experts.
+    pub(super) fn start(
+        &mut self,
+        layer: usize,
+        chosen: &[(usize, f32)],
+        order: &[usize],
+    ) -> Result<(), ModelError> {
+        let Some(number) = self.numbers[layer] else { return Ok(()) };
+        let wanted = groups(chosen, order).map(|group| chosen[group[0]].0);
+        Ok(self.stream.start(number, wanted, self.step)?)
+    }
+
+    /// The next layer with experts after `layer`, and its number among them, if guesses at it are worth making.
+    pub(super) fn next_layer(&self, layer: usize) -> Option<(usize, usize)> {
+        if self.step != Step::Decode {
+            return None;
+        }
+        let later = self.numbers.iter().enumerate().skip(layer + 1);
+        later.filter_map(|(layer, number)| Some((layer, (*number)?))).next()
+    }
+}
+
+/// Tokens for each expert from which on a piece of a prompt needs nearly all of them: an even router leaves one in
+/// seven out with two.
+const SWEEP_TOKENS_PER_EXPERT: usize = 2;
+
+impl Gated {
+    /// Where the matrices of `experts` experts lie.
+    fn file(&self, experts: usize) -> LayerFile {
+        let parts = [&self.gate, &self.up, &self.down]
+            .map(|tensor| PartFile { offset: tensor.offset() as u64, bytes: tensor.bytes() });
+        LayerFile { experts, parts }
+    }
+}
+
+/// The experts of one layer, one after the other, with the tokens of each.
+pub(super) struct Source<'a> {
+    weights: &'a Weights,
+    gated: &'a Gated,
+    chosen: &'a [(usize, f32)],
+    /// Tokens in the order of their experts.
+    order: &'a [usize],
+    /// Without it experts are taken from the mapping in the order of their numbers.
+    stream: Option<&'a mut ExpertStream>,
+    expert: usize,
+    /// The first of `order` that has not been given.
+    at: usize,
+}
+
+impl<'a> Source<'a> {
+    /// The experts of `gated` that the tokens in `order` chose. A stream must have been started with them.
+    pub(super) fn new(
+        weights: &'a Weights,
+        gated: &'a Gated,
+        chosen: &'a [(usize, f32)],
+        order: &'a [usize],
+        stream: Option<&'a mut ExpertStream>,
+    ) -> Source<'a> {
+        Source { weights, gated, chosen, order, stream, expert: 0, at: 0 }
+    }
+
+    /// The tokens of the next expert, whose gate and up can be used now.
+    pub(super) fn next_tokens(&mut self) -> Result<Option<&'a [usize]>, ModelError> {
+        let next = match &mut self.stream {
+            Some(stream) => stream.next_expert()?,
+            None => self.order.get(self.at).map(|&token| self.chosen[token].0),
+        };
+        let Some(expert) = next else { return Ok(None) };
+        let start = self.order.partition_point(|&token| self.chosen[token].0 < expert);
+        self.at = self.order.partition_point(|&token| self.chosen[token].0 <= expert);
+        self.expert = expert;
+        Ok(Some(&self.order[start..self.at]))
+    }
+
+    pub(super) fn gate(&self) -> Matrix<'_> {
+        self.there(&self.gated.gate, 0)
+    }
+
+    pub(super) fn up(&self) -> Matrix<'_> {
+        self.there(&self.gated.up, 1)
+    }
+
+    /// The down matrix, which may have to be waited for.
+    pub(super) fn down(&mut self) -> Result<Matrix<'_>, ModelError> {
+        if let Some(stream) = &mut self.stream {
+            stream.part(2)?;
+        }
+        Ok(self.there(&self.gated.down, 2))
+    }
+
+    fn there(&self, tensor: &Tensor, part: usize) -> Matrix<'_> {
+        match &self.stream {
+            Some(stream) => tensor.matrix(stream.arrived(part)),
+            None => self.weights.expert(tensor, self.expert),
+        }
+    }
+}
+
+/// The tokens of each expert.
+fn groups<'a>(chosen: &'a [(usize, f32)], order: &'a [usize]) -> impl Iterator<Item = &'a [usize]> {
+    order.chunk_by(|&a, &b| chosen[a].0 == chosen[b].0)
+}
