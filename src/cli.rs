@@ -5,9 +5,12 @@ mod bench;
 mod chat;
 mod convert;
 mod inspect;
+mod list;
 mod machine;
 mod options;
 mod plan;
+mod pull;
+mod rm;
 mod serve;
 mod terminal;
 mod verify;
@@ -29,6 +32,7 @@ Examples:
   scoutd serve --model llama-3.2-1b.gguf   the same with another model
   scoutd ask \"Turn on the kitchen light\"   one question, one answer, no daemon
   scoutd chat --model smollm2.gguf         a conversation in the terminal
+  scoutd pull owner/model-GGUF:Q4_0        load a model from the Hugging Face hub
   scoutd convert ./checkpoint --type q4_0 --out model.gguf
   scoutd verify model.gguf --against ./checkpoint
 
@@ -54,6 +58,12 @@ enum Command {
     Convert(convert::Args),
     /// Show what is in a GGUF file
     Inspect(inspect::Args),
+    /// Load a model from the Hugging Face hub into the store
+    Pull(pull::Args),
+    /// List the models of the store
+    List(list::Args),
+    /// Delete a model of the store
+    Rm(rm::Args),
     /// Tell whether a model will fit, how fast it would be, and what would fit instead
     Plan(plan::Args),
     /// Compare a quantized file with what it was made from: the quality gate
@@ -86,6 +96,9 @@ pub fn main() -> ExitCode {
         Command::Bench(args) => bench::run(args),
         Command::Convert(args) => convert::run(args),
         Command::Inspect(args) => inspect::run(args),
+        Command::Pull(args) => pull::run(args),
+        Command::List(args) => list::run(args),
+        Command::Rm(args) => rm::run(args),
         Command::Plan(args) => plan::run(args),
         Command::Verify(args) => verify::run(args),
     };

@@ -12,7 +12,7 @@ use std::path::PathBuf;
 
 use serde::Deserialize;
 
-use crate::{engine, memory, model, mqtt, peer, residency, rest};
+use crate::{engine, memory, model, mqtt, peer, residency, rest, store};
 
 /// The whole configuration, with every default filled in.
 #[derive(Clone, Debug, Default, PartialEq, Deserialize)]
@@ -24,6 +24,8 @@ pub struct Config {
     pub daemon: DaemonConfig,
     /// Which model, and how it is run.
     pub model: ModelConfig,
+    /// Where models lie and where they come from.
+    pub store: store::Config,
     /// How memory is watched.
     pub memory: memory::Config,
     /// How a model that is larger than memory is kept.
@@ -144,6 +146,7 @@ impl Config {
     pub fn check(&self) -> Vec<String> {
         let mut errors = self.memory.check();
         errors.extend(self.residency.check());
+        errors.extend(self.store.check());
         errors.extend(self.engine.check());
         errors.extend(self.fusion.check());
         errors

@@ -8,6 +8,7 @@ mod built_in;
 mod facts;
 mod fitting;
 mod log;
+mod models;
 mod notify;
 mod pool;
 mod serve;
@@ -15,6 +16,7 @@ mod serve;
 pub use assembly::{Assembly, OpenModel, check, open_model, threads};
 pub use facts::{machine_name, machine_record, state_folder};
 pub use fitting::context;
+pub use models::{find_model, open_hub, open_store};
 pub use serve::serve;
 
 use std::path::PathBuf;

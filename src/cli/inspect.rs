@@ -7,13 +7,15 @@ use std::process::ExitCode;
 use anyhow::Context;
 use serde_json::{Value as Json, json};
 
+use super::options::SourceOptions;
+use crate::daemon;
 use crate::gguf::{Gguf, Mapping, TensorInfo, Value};
 use crate::units::Bytes;
 
 /// Options of `scoutd inspect`.
 #[derive(clap::Args)]
 pub(super) struct Args {
-    /// A GGUF file
+    /// A GGUF file, or a model's name in the store
     file: PathBuf,
     /// Print everything as JSON
     #[arg(long)]
@@ -21,12 +23,15 @@ pub(super) struct Args {
     /// List every tensor
     #[arg(long)]
     tensors: bool,
+    #[command(flatten)]
+    sources: SourceOptions,
 }
 
 /// Prints keys, tensors and needs.
 pub(super) fn run(args: Args) -> anyhow::Result<ExitCode> {
-    let name = args.file.display();
-    let mapping = Mapping::open(&args.file).with_context(|| format!("cannot open {name}"))?;
+    let file = daemon::find_model(&args.sources.load()?, &args.file)?;
+    let name = file.display();
+    let mapping = Mapping::open(&file).with_context(|| format!("cannot open {name}"))?;
     let gguf = Gguf::parse(mapping.bytes()).with_context(|| format!("cannot read {name}"))?;
     if args.json {
         println!("{:#}", describe(&gguf, mapping.bytes().len() as u64));

@@ -161,7 +161,7 @@ fn blueprint(config: &ModelConfig, name: &str) -> Blueprint {
 }
 
 /// What was measured of this machine, if it was this machine.
-fn record() -> anyhow::Result<Option<MachineRecord>> {
+pub(super) fn record() -> anyhow::Result<Option<MachineRecord>> {
     let memory = this_memory()?.0;
     Ok(daemon::machine_record(memory))
 }
@@ -186,9 +186,15 @@ fn machines(
     }
     let mut machines: Vec<Machine> =
         PI_5_GIB.into_iter().map(|gib| Machine::pi_5(gib, keep_free)).collect();
-    let (total, available) = this_memory()?;
-    machines.push(Machine::now("this machine", total, available, keep_free, rates));
+    machines.push(this_machine(config, rates)?);
     Ok(machines)
+}
+
+/// This machine as it is now.
+pub(super) fn this_machine(config: &Config, rates: Rates) -> anyhow::Result<Machine> {
+    let (total, available) = this_memory()?;
+    let keep_free = config.memory.keep_free_percent;
+    Ok(Machine::now("this machine", total, available, keep_free, rates))
 }
 
 fn print(

@@ -98,7 +98,9 @@ impl FromStr for Url {
         if url.host().is_empty() || bracketed && url.host().parse::<IpAddr>().is_err() {
             return Err(wrong("no host"));
         }
-        if url.authority().ends_with(':') || url.0.port_u16() == Some(0) {
+        // A port that is no port reads as none, and would silently be the usual one.
+        let said = url.authority().len() > url.0.host().map_or(0, str::len);
+        if said && url.0.port_u16().is_none_or(|port| port == 0) {
             return Err(wrong("no port"));
         }
         Ok(url)

@@ -43,6 +43,15 @@ impl<'a> Gguf<'a> {
     /// # Errors
     /// The first thing that is wrong, with the key or tensor where it is.
     pub fn parse(bytes: &'a [u8]) -> Result<Gguf<'a>, GgufError> {
+        Gguf::parse_header(bytes, bytes.len() as u64)
+    }
+
+    /// Parses the beginning of a file that has `file_bytes` bytes in all: a file that is elsewhere. What follows
+    /// the header need not be there, so [`Gguf::data`] is not for the result.
+    ///
+    /// # Errors
+    /// As [`Gguf::parse`]; a beginning that is too short for the header has its own of these.
+    pub fn parse_header(bytes: &'a [u8], file_bytes: u64) -> Result<Gguf<'a>, GgufError> {
         let mut reader = Reader::new(bytes);
         let (version, tensor_count, key_count) = prologue(&mut reader)?;
         let room = |count: u64, each: u64, limit: u64, what| {
@@ -64,7 +73,7 @@ impl<'a> Gguf<'a> {
             tensors.push(tensor(&mut reader, index, alignment)?);
         }
         let data_start = (reader.at as u64).next_multiple_of(alignment);
-        place(&mut tensors, data_start, bytes.len() as u64)?;
+        place(&mut tensors, data_start, file_bytes)?;
         let sorted = sorted_by_name(&tensors)?;
         refuse_overlap(&tensors)?;
         Ok(Gguf { bytes, version, alignment, metadata, tensors, sorted })
@@ -100,7 +109,7 @@ impl<'a> Gguf<'a> {
     /// The bytes of a tensor.
     ///
     /// # Panics
-    /// If `tensor` comes from another, longer file.
+    /// If `tensor` comes from another, longer file, or only the header was parsed.
     pub fn data(&self, tensor: &TensorInfo) -> &'a [u8] {
         &self.bytes[tensor.offset as usize..(tensor.offset + tensor.bytes) as usize]
     }

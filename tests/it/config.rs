@@ -43,9 +43,18 @@ fn every_commented_default_is_the_default() {
 fn every_key_of_the_tree_is_in_the_file() {
     let text = shipped();
     // Unknown keys are refused with the list of the known ones: ask each section for its list.
-    for section in
-        ["log", "daemon", "model", "memory", "engine", "rest", "rest.limits", "mqtt", "fusion"]
-    {
+    for section in [
+        "log",
+        "daemon",
+        "model",
+        "store",
+        "memory",
+        "engine",
+        "rest",
+        "rest.limits",
+        "mqtt",
+        "fusion",
+    ] {
         let sources =
             Sources { settings: vec![format!("{section}.no_such_key=1")], ..Sources::default() };
         let error = Config::load(&sources).expect_err("no such key")[0].to_string();

@@ -9,6 +9,7 @@ mod doubles;
 mod egress;
 mod engine;
 mod http;
+mod hub;
 mod mqtt;
 mod peer;
 mod plan;
