@@ -4,6 +4,7 @@ mod ask;
 mod bench;
 mod chat;
 mod convert;
+mod doctor;
 mod inspect;
 mod list;
 mod machine;
@@ -68,6 +69,8 @@ enum Command {
     Plan(plan::Args),
     /// Compare a quantized file with what it was made from: the quality gate
     Verify(verify::Args),
+    /// Look at what this system offers for memory, disk and clock, and say what is lost where something is missing
+    Doctor(doctor::Args),
 }
 
 /// Wrong usage or configuration (`EX_USAGE`).
@@ -101,6 +104,7 @@ pub fn main() -> ExitCode {
         Command::Rm(args) => rm::run(args),
         Command::Plan(args) => plan::run(args),
         Command::Verify(args) => verify::run(args),
+        Command::Doctor(args) => doctor::run(args),
     };
     result.unwrap_or_else(|error| {
         eprintln!("scoutd: {error:#}");

@@ -1,19 +1,29 @@
 //! How much memory is left, and who holds what.
 //!
 //! [`ProcProbe`] reads the kernel, [`headroom`] says what of it may still be promised, the [`Ledger`] promises
-//! it as [`Permit`]s before the memory exists, and the [`Watch`] keeps the three in step.
+//! it as [`Permit`]s before the memory exists, and the [`Watch`] keeps the three in step. The [`Ladder`] says how
+//! tight memory is; who holds some reads that from the [`Conditions`] and acts on it.
 
+mod alarm;
+mod board;
+mod conditions;
 mod headroom;
+mod heat;
 mod ledger;
+mod pressure;
 mod probe;
+mod survey;
 mod watch;
 
 use serde::Deserialize;
 
+pub use conditions::{Conditions, Loading};
 pub use headroom::{Holdings, headroom};
 pub use ledger::{Holder, Ledger, Permit, Purpose, Shortfall};
-pub use probe::{MemoryProbe, MemorySample, Pressure, ProcProbe, Stall};
-pub use watch::Watch;
+pub use pressure::{Cause, Change, Ladder, Reading, Rung};
+pub use probe::{MemoryProbe, MemorySample, Pressure, ProcProbe, Reclaim, Stall};
+pub use survey::{Finding, Verdict, missing, survey};
+pub use watch::{Watch, WatchParts};
 
 /// What the operator may set.
 #[derive(Clone, Debug, PartialEq, Deserialize)]

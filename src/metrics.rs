@@ -58,6 +58,22 @@ pub struct Metrics {
     pub psi_memory_full_ratio: Gauge,
     /// Temperature of the processor; NaN where it has no sensor.
     pub soc_temperature_celsius: Gauge,
+    /// The rung of memory pressure: 0 green, 1 yellow, 2 orange, 3 red, 4 critical.
+    pub memory_rung: IntGauge,
+    /// Changes of the rung, by the rung that was entered.
+    pub memory_rung_changes: IntCounterVec,
+    /// What was done or undone for want of memory or for heat.
+    pub memory_acts: IntCounterVec,
+    /// Tasks that the kernel killed for memory.
+    pub oom_kills: IntGauge,
+    /// Swap in use.
+    pub swap_used_bytes: Gauge,
+    /// Memory that compressed swap takes.
+    pub zram_bytes: Gauge,
+    /// The firmware's throttling state; NaN where it does not say.
+    pub soc_throttled: Gauge,
+    /// The processor's clock as a share of its highest; NaN where it does not say.
+    pub soc_clock_ratio: Gauge,
     /// The fit plan of the loaded model, in the order of [`PLAN`]; NaN where it does not apply.
     plan: Vec<Gauge>,
     /// Requests under way at other machines.
@@ -207,6 +223,32 @@ impl Metrics {
             ),
             soc_temperature_celsius: make
                 .gauge("soc_temperature_celsius", "Temperature of the processor."),
+            memory_rung: make.int_gauge(
+                "memory_rung",
+                "Memory pressure: 0 green, 1 yellow, 2 orange, 3 red, 4 critical.",
+            ),
+            memory_rung_changes: make.counters(
+                "memory_rung_changes_total",
+                "Changes of memory pressure by the rung that was entered.",
+                &["rung"],
+            ),
+            memory_acts: make.counters(
+                "memory_acts_total",
+                "What was done or undone for want of memory or for heat.",
+                &["act"],
+            ),
+            oom_kills: make.int_gauge(
+                "oom_kills",
+                "Tasks killed for memory since start, of our cgroup or of the machine.",
+            ),
+            swap_used_bytes: make.gauge("swap_used_bytes", "Swap in use."),
+            zram_bytes: make.gauge("zram_bytes", "Memory that compressed swap takes."),
+            soc_throttled: make.unknown(
+                "soc_throttled",
+                "The firmware's throttling bits: 1 under-voltage, 2 capped, 4 throttled, 8 soft limit.",
+            ),
+            soc_clock_ratio: make
+                .unknown("soc_clock_ratio", "The processor's clock as a share of its highest."),
             plan: PLAN.iter().map(|(name, help)| make.unknown(name, help)).collect(),
             peer_requests_running: make
                 .int_gauge("peer_requests_running", "Requests under way at other machines."),

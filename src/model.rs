@@ -24,7 +24,7 @@ use scoutd_kernels::{Format, Isa, MatrixError, Precision};
 use crate::gguf::{Gguf, GgufError, Mapping};
 use crate::memory::Ledger;
 use crate::residency::{ExpertSlots, ReadError, SlotsError, SlotsOptions};
-use crate::units::{SlotId, TokenId};
+use crate::units::{Bytes, SlotId, TokenId};
 
 #[cfg(test)]
 mod tests;
@@ -146,9 +146,13 @@ pub trait Model: Send {
         0
     }
 
-    /// Bytes of the buffers of a pass, apart from weights and KV: what the largest pass may touch.
-    fn scratch_bytes(&self) -> u64 {
-        0
+    /// Gives the memory of the weights back to the system; the next pass reads them from the file again. Returns
+    /// their bytes: none where the weights are not those of a file.
+    ///
+    /// # Errors
+    /// If the system refuses; the weights are as usable as before.
+    fn release_weights(&mut self) -> std::io::Result<Bytes> {
+        Ok(Bytes(0))
     }
 
     /// The slots of a model that reads its experts when they are needed.

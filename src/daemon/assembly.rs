@@ -14,7 +14,7 @@ use crate::chat::{Backend, ModelCard, ModelName, Router};
 use crate::config::Config;
 use crate::engine::{self, EngineParts, Local};
 use crate::gguf::{Gguf, Mapping};
-use crate::memory::{Ledger, MemoryProbe, Permit, ProcProbe, Watch};
+use crate::memory::{self, Conditions, Ledger, MemoryProbe, Permit, ProcProbe, Watch, WatchParts};
 use crate::metrics::Metrics;
 use crate::model::{self, KvType, Model, ModelOptions, StreamedExperts};
 use crate::store::Fit;
@@ -59,6 +59,8 @@ pub struct Assembly {
     pub ledger: Arc<Ledger>,
     /// Every published number.
     pub metrics: Arc<Metrics>,
+    /// How tight memory is.
+    pub conditions: Arc<Conditions>,
     /// What was planned for the model.
     pub fit: Fit,
     summary: String,
@@ -78,13 +80,21 @@ impl Assembly {
         let mut probe = ProcProbe::new().map_err(StartError::Memory)?;
         let sample = probe.sample().map_err(StartError::Memory)?;
         let ledger = Ledger::new(sample.available);
-        let watch = Watch::start(
-            Box::new(probe),
-            Arc::clone(&ledger),
-            Arc::clone(&metrics),
-            &config.memory,
-        )
-        .map_err(StartError::Memory)?;
+        for line in memory::missing(Path::new("/")) {
+            log::info!(target: "memory", "{line}");
+        }
+        let conditions = Conditions::new();
+        if config.model.force {
+            conditions.set_forced();
+        }
+        let parts = WatchParts {
+            ledger: Arc::clone(&ledger),
+            metrics: Arc::clone(&metrics),
+            conditions: Arc::clone(&conditions),
+        };
+        let watch =
+            Watch::start(Box::new(probe), parts, &config.memory).map_err(StartError::Memory)?;
+        let loading = conditions.loading();
 
         let mapping = map_model(config)?;
         let label = name(config, mapping.path());
@@ -107,13 +117,15 @@ impl Assembly {
             card,
             ledger: Arc::clone(&ledger),
             metrics: Arc::clone(&metrics),
+            conditions: Arc::clone(&conditions),
             config: config.engine.clone(),
         })
         .map_err(|error| StartError::System(error.to_string()))?;
+        drop(loading);
         let local = Arc::new(local);
         let router = Router::new(vec![Arc::clone(&local) as Arc<dyn Backend>]);
         let (_permits, _watch) = (permits, watch);
-        Ok(Assembly { router, local, ledger, metrics, fit, summary, _permits, _watch })
+        Ok(Assembly { router, local, ledger, metrics, conditions, fit, summary, _permits, _watch })
     }
 
     /// One line: what runs, and how.

@@ -2,7 +2,8 @@
 
 use std::fs;
 use std::net::SocketAddr;
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
+use std::task::{Wake, Waker};
 use std::time::{Duration, Instant};
 
 use log::{info, warn};
@@ -17,6 +18,7 @@ use super::{StartError, facts, notify, pool};
 use crate::chat::Backend;
 use crate::config::Config;
 use crate::engine::Local;
+use crate::memory::{Conditions, Rung};
 use crate::mqtt::{self, MqttDoor, MqttError, MqttParts};
 use crate::peer::{Discovery, Pool};
 use crate::rest::{self, BoundServer, Keys, PoolDoor, Readiness, RestParts, StopHandle};
@@ -93,6 +95,7 @@ impl Doors {
         };
         pool.watch();
         let discovery = pool::discover(config, &pool, &addresses, &runtime);
+        follow_pressure(&readiness, &assembly.conditions);
         readiness.set_ready();
         Ok(Doors { readiness, addresses, http, mqtt, _pool: pool, _discovery: discovery })
     }
@@ -115,6 +118,28 @@ impl Doors {
         };
         let _ = tokio::join!(engine, http, mqtt);
     }
+}
+
+/// Keeps readiness in step with memory: on red, load balancers should ask somebody else.
+fn follow_pressure(readiness: &Arc<Readiness>, conditions: &Arc<Conditions>) {
+    struct Follow {
+        readiness: Arc<Readiness>,
+        // Weak, since the conditions hold this.
+        conditions: Weak<Conditions>,
+    }
+    impl Wake for Follow {
+        fn wake(self: Arc<Follow>) {
+            if let Some(conditions) = self.conditions.upgrade() {
+                self.readiness.set_no_headroom(conditions.rung() >= Rung::Red);
+            }
+        }
+    }
+    let follow = Arc::new(Follow {
+        readiness: Arc::clone(readiness),
+        conditions: Arc::downgrade(conditions),
+    });
+    conditions.wake_on_change(Waker::from(Arc::clone(&follow)));
+    follow.wake();
 }
 
 fn open_http(

@@ -4,6 +4,7 @@ use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::task::Waker;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -21,7 +22,7 @@ use crate::chat::{
     Backend, ChatError, ChatEvent, ChatRequest, ChatStream, Completion, FinishReason, ModelCard,
     Timings, Usage,
 };
-use crate::memory::{Ledger, Purpose, Shortfall};
+use crate::memory::{Conditions, Ledger, Purpose, Rung, Shortfall};
 use crate::metrics::Metrics;
 use crate::model::{Model, ModelSpec};
 use crate::template::ChatTemplate;
@@ -39,6 +40,8 @@ pub struct EngineParts {
     pub ledger: Arc<Ledger>,
     /// Where numbers are published.
     pub metrics: Arc<Metrics>,
+    /// How tight memory is, and how warm the processor.
+    pub conditions: Arc<Conditions>,
     /// What the operator set.
     pub config: Config,
 }
@@ -71,6 +74,7 @@ pub(super) struct Shared {
     pub(super) preparer: Preparer,
     pub(super) ledger: Arc<Ledger>,
     pub(super) metrics: Arc<Metrics>,
+    pub(super) conditions: Arc<Conditions>,
     pub(super) inbox: Arc<Inbox>,
     /// Cleared when the model can no longer be trusted.
     pub(super) usable: AtomicBool,
@@ -95,7 +99,7 @@ pub struct Local {
 /// # Errors
 /// If the configuration is wrong, the logits' buffers find no headroom, or a thread cannot be started.
 pub fn start(parts: EngineParts) -> Result<Local, StartError> {
-    let EngineParts { model, template, card, ledger, metrics, config } = parts;
+    let EngineParts { model, template, card, ledger, metrics, conditions, config } = parts;
     if let Some(error) = config.check().into_iter().next() {
         return Err(StartError::Config(error));
     }
@@ -112,12 +116,15 @@ pub fn start(parts: EngineParts) -> Result<Local, StartError> {
         longest_token_bytes,
         config: config.clone(),
     };
+    let inbox = Arc::new(Inbox::default());
+    conditions.wake_on_change(Waker::from(Arc::clone(&inbox)));
     let shared = Arc::new(Shared {
         spec,
         preparer,
         ledger,
         metrics,
-        inbox: Arc::new(Inbox::default()),
+        conditions,
+        inbox,
         usable: AtomicBool::new(true),
         resting_bytes: AtomicU64::new(0),
         load: Mutex::new(Load { free_places: usize::from(config.slots), ..Load::default() }),
@@ -241,7 +248,8 @@ impl Shared {
             Ok(permit) => Ok(Some(permit)),
             Err(shortfall) => {
                 let resting = Bytes(self.resting_bytes.load(Ordering::Relaxed));
-                if shortfall.free.saturating_add(resting) >= needed {
+                let may_help = self.conditions.rung() < Rung::Red;
+                if may_help && shortfall.free.saturating_add(resting) >= needed {
                     return Ok(None);
                 }
                 Err(self.no_headroom(shortfall))

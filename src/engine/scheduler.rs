@@ -30,6 +30,17 @@ pub(super) struct SchedulerLimits {
     pub(super) score_tokens_max: usize,
 }
 
+impl SchedulerLimits {
+    fn check(self) {
+        assert!(self.running_max > 0, "at least one sequence must be able to run");
+        let smallest = self
+            .prefill_tokens_max
+            .min(self.prefill_tokens_beside_decode)
+            .min(self.score_tokens_max);
+        assert!(smallest > 0, "each step must be able to read a token");
+    }
+}
+
 /// A request as the scheduler sees it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Sequence {
@@ -154,13 +165,17 @@ impl Scheduler {
     /// # Panics
     /// If a limit that must not be zero is.
     pub(super) fn new(limits: SchedulerLimits) -> Scheduler {
-        assert!(limits.running_max > 0, "at least one sequence must be able to run");
-        let smallest = limits
-            .prefill_tokens_max
-            .min(limits.prefill_tokens_beside_decode)
-            .min(limits.score_tokens_max);
-        assert!(smallest > 0, "each step must be able to read a token");
+        limits.check();
         Scheduler { limits, waiting: WaitingLine::default(), running: BTreeMap::new(), turns: 0 }
+    }
+
+    /// Goes by other limits from now on. What runs or waits beyond them stays.
+    ///
+    /// # Panics
+    /// As [`new`](Scheduler::new).
+    pub(super) fn set_limits(&mut self, limits: SchedulerLimits) {
+        limits.check();
+        self.limits = limits;
     }
 
     /// Puts `sequence` into the line; returns how many start before it.
@@ -172,7 +187,7 @@ impl Scheduler {
     /// If its prompt is empty.
     pub(super) fn submit(&mut self, sequence: Sequence) -> Result<usize, Box<Sequence>> {
         assert!(!sequence.prompt.is_empty(), "a sequence has a prompt");
-        let free = self.limits.running_max - self.running.len();
+        let free = self.limits.running_max.saturating_sub(self.running.len());
         if self.waiting.len() >= self.limits.waiting_max + free {
             return Err(Box::new(sequence));
         }

@@ -1,5 +1,7 @@
 //! The engine as a whole, with a scripted model: whoever waits here waits for events or counters.
 
+mod pressure;
+
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -10,7 +12,7 @@ use crate::chat::{
     Backend, ChatError, ChatEvent, ChatRequest, ChatRequestParts, ChatStream, FinishReason, Input,
     Message, ModelCard, ModelName, Origin, OutputFormat, Reply, Role, Tool, ToolChoice,
 };
-use crate::memory::{Ledger, Purpose};
+use crate::memory::{Conditions, Ledger, Purpose};
 use crate::metrics::Metrics;
 use crate::template::ChatTemplate;
 use crate::units::{Bytes, TokenId};
@@ -28,6 +30,7 @@ struct Bench {
     stage: Stage,
     ledger: Arc<Ledger>,
     metrics: Arc<Metrics>,
+    conditions: Arc<Conditions>,
 }
 
 impl Bench {
@@ -44,6 +47,7 @@ impl Bench {
         let stage = Stage::default();
         let ledger = Ledger::new(budget);
         let metrics = Arc::new(Metrics::new());
+        let conditions = Conditions::new();
         let tokenizer = Arc::new(byte_tokenizer());
         let template = ChatTemplate::new(TEMPLATE, tokenizer).expect("the template is valid");
         let model = Box::new(ScriptedModel::new(&stage, rule));
@@ -53,10 +57,11 @@ impl Bench {
             card: ModelCard { context_tokens, ..card() },
             ledger: Arc::clone(&ledger),
             metrics: Arc::clone(&metrics),
+            conditions: Arc::clone(&conditions),
             config,
         };
         let local = start(parts).expect("the configuration is valid");
-        Bench { local, stage, ledger, metrics }
+        Bench { local, stage, ledger, metrics, conditions }
     }
 
     fn chat(&self, parts: ChatRequestParts) -> ChatStream {

@@ -5,6 +5,7 @@
 //! with an empty scheduler; if the slots cannot be cleared either, every later request is refused with
 //! `Internal`, and the watchdog of the service manager is no longer served.
 
+mod ladder;
 mod slots;
 mod step;
 
@@ -19,6 +20,7 @@ use std::time::{Duration, Instant};
 
 use log::{error, info};
 
+use self::ladder::Heeded;
 use super::Config;
 use super::admission::{Load, Rates};
 use super::local::{Shared, draining};
@@ -53,6 +55,8 @@ struct Engine {
     free_slots: Vec<SlotId>,
     next_id: u64,
     rates: Rates,
+    /// What the last round has done about memory and heat.
+    heeded: Heeded,
     buffers: Buffers,
     /// Covers the buffers.
     _scratch: Permit,
@@ -128,6 +132,7 @@ impl Engine {
             free_slots: all_slots(config),
             next_id: 0,
             rates: Rates::default(),
+            heeded: Heeded::default(),
             buffers: Buffers::default(),
             shared,
             _scratch: scratch,
@@ -160,9 +165,14 @@ impl Engine {
             return Round::Stop;
         }
         let now = Instant::now();
+        self.heed();
         self.sweep(now);
         for submission in letters.submissions {
             self.admit(submission);
+        }
+        if self.heeded.is_paused() {
+            self.publish();
+            return Round::Idle(self.next_deadline());
         }
         self.start_waiting();
         let plan = self.scheduler.plan();

@@ -89,6 +89,8 @@ struct Book {
     /// Most that may be promised in all, permits already given included.
     budget: u64,
     promised: u64,
+    /// Nothing is promised, whatever the budget.
+    closed: bool,
     next: u64,
     entries: BTreeMap<u64, Entry>,
 }
@@ -104,7 +106,13 @@ struct Entry {
 impl Ledger {
     /// A ledger that may promise `budget` in all.
     pub fn new(budget: Bytes) -> Arc<Ledger> {
-        let book = Book { budget: budget.0, promised: 0, next: 0, entries: BTreeMap::new() };
+        let book = Book {
+            budget: budget.0,
+            promised: 0,
+            closed: false,
+            next: 0,
+            entries: BTreeMap::new(),
+        };
         Arc::new(Ledger { book: Mutex::new(book) })
     }
 
@@ -113,6 +121,12 @@ impl Ledger {
     /// given stay good.
     pub fn set_headroom(&self, budget: Bytes) {
         self.book().budget = budget.0;
+    }
+
+    /// Promises nothing more while `closed`, whatever is given back: memory is so tight that what comes back must
+    /// stay free. Permits already given stay good.
+    pub fn set_closed(&self, closed: bool) {
+        self.book().closed = closed;
     }
 
     /// Bytes promised now.
@@ -207,7 +221,10 @@ impl Ledger {
 
 impl Book {
     fn free(&self) -> Bytes {
-        Bytes(self.budget.saturating_sub(self.promised))
+        match self.closed {
+            true => Bytes(0),
+            false => Bytes(self.budget.saturating_sub(self.promised)),
+        }
     }
 
     fn take(&mut self, bytes: u64) -> Result<(), Shortfall> {

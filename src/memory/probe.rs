@@ -8,6 +8,7 @@ use std::io;
 use std::os::unix::fs::FileExt;
 use std::path::{Component, Path, PathBuf};
 
+use super::board::{self, Board};
 use crate::units::Bytes;
 
 /// Looks at memory; the watch calls it again and again.
@@ -38,8 +39,34 @@ pub struct MemorySample {
     pub own_locked: Bytes,
     /// Stalls on memory; `None` where the kernel does not count them (Raspberry Pi OS without `psi=1`).
     pub pressure: Option<Pressure>,
+    /// Pages of files in memory that the kernel could drop.
+    pub file_cache: Bytes,
+    /// What freeing memory has cost since start.
+    pub reclaim: Reclaim,
+    /// Memory that compressed swap takes.
+    pub zram: Bytes,
+    /// Tasks killed for memory since start: of our cgroups if they count them, else of the machine.
+    pub kills: u64,
     /// The processor's temperature, where it has a sensor.
     pub temperature_celsius: Option<f32>,
+    /// The firmware's state: bits 0 to 3 are under-voltage, clock capped, throttled, soft limit; 16 to 19 the same
+    /// since start. `None` where it does not say.
+    pub throttled: Option<u32>,
+    /// The clock as a share of the highest.
+    pub clock_ratio: Option<f32>,
+}
+
+/// Counters of pages and events since start.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Reclaim {
+    /// Pages of files that were read again soon after they had been dropped.
+    pub refaults: u64,
+    /// Allocations that had to wait for pages to be freed, and the pages looked at for it.
+    pub stalls: u64,
+    /// Pages read back from swap.
+    pub swapped_in: u64,
+    /// Pages written to swap.
+    pub swapped_out: u64,
 }
 
 /// Time that tasks spent waiting for memory.
@@ -66,7 +93,9 @@ pub struct ProcProbe {
     meminfo: File,
     status: File,
     pressure: Option<File>,
-    temperature: Option<File>,
+    vmstat: Option<File>,
+    zram: Vec<File>,
+    board: Board,
     groups: Vec<Group>,
     buffer: Vec<u8>,
 }
@@ -78,6 +107,8 @@ struct Group {
     limit: File,
     usage: File,
     stat: File,
+    /// Where it counts kills.
+    events: Option<File>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -107,7 +138,9 @@ impl ProcProbe {
             meminfo: open(root, "proc/meminfo")?,
             status: open(root, "proc/self/status")?,
             pressure: open(root, "proc/pressure/memory").ok(),
-            temperature: open(root, "sys/class/thermal/thermal_zone0/temp").ok(),
+            vmstat: open(root, "proc/vmstat").ok(),
+            zram: board::zram(root),
+            board: Board::find(root),
             groups: find_groups(root),
             buffer: vec![0; BUFFER_BYTES],
         })
@@ -133,6 +166,8 @@ impl MemoryProbe for ProcProbe {
             kib(text, "MemAvailable:").ok_or_else(|| missing("meminfo", "MemAvailable"))?;
         sample.swap_free = kib(text, "SwapFree:").unwrap_or_default();
         sample.swap_total = kib(text, "SwapTotal:").unwrap_or_default();
+        let list = |key| kib(text, key).unwrap_or_default();
+        sample.file_cache = list("Active(file):").saturating_add(list("Inactive(file):"));
 
         let text = read(&self.status, &mut self.buffer)?;
         sample.own_file = kib(text, "RssFile:").unwrap_or_default();
@@ -150,25 +185,42 @@ impl MemoryProbe for ProcProbe {
             let text = read(file, &mut self.buffer).ok()?;
             Some(Pressure { some: stall(text, "some")?, full: stall(text, "full")? })
         });
-        sample.temperature_celsius = self.temperature.as_ref().and_then(|file| {
-            let text = read(file, &mut self.buffer).ok()?;
-            Some(text.trim().parse::<i32>().ok()? as f32 / 1000.0)
-        });
+        let mut kills = None;
+        if let Some(text) = self.vmstat.as_ref().and_then(|f| read(f, &mut self.buffer).ok()) {
+            sample.reclaim = Reclaim::parse(text);
+            kills = number(text, "oom_kill");
+        }
+        for group in &self.groups {
+            if let Some(own) = group.kills(&mut self.buffer) {
+                kills = Some(own);
+                break;
+            }
+        }
+        sample.kills = kills.unwrap_or(0);
+        for file in &self.zram {
+            let text = read(file, &mut self.buffer).unwrap_or_default();
+            let used = text.split_whitespace().nth(2).and_then(|word| word.parse().ok());
+            sample.zram = sample.zram.saturating_add(Bytes(used.unwrap_or(0)));
+        }
+        self.board.sample(&mut sample, &mut self.buffer);
         Ok(sample)
     }
 }
 
 impl Group {
     fn open(directory: &Path, version: Version) -> Option<Group> {
-        let (limit, usage) = match version {
-            Version::One => ("memory.limit_in_bytes", "memory.usage_in_bytes"),
-            Version::Two => ("memory.max", "memory.current"),
+        let (limit, usage, events) = match version {
+            Version::One => {
+                ("memory.limit_in_bytes", "memory.usage_in_bytes", "memory.oom_control")
+            }
+            Version::Two => ("memory.max", "memory.current", "memory.events"),
         };
         Some(Group {
             version,
             limit: File::open(directory.join(limit)).ok()?,
             usage: File::open(directory.join(usage)).ok()?,
             stat: File::open(directory.join("memory.stat")).ok()?,
+            events: File::open(directory.join(events)).ok(),
         })
     }
 
@@ -190,6 +242,33 @@ impl Group {
         // The pages are part of the usage: what is left can be at most the limit.
         let left = limit.saturating_sub(usage.saturating_sub(file_pages));
         Some((Bytes(limit), Bytes(left)))
+    }
+}
+
+impl Group {
+    /// Kills for memory in this cgroup and below.
+    fn kills(&self, buffer: &mut [u8]) -> Option<u64> {
+        number(read(self.events.as_ref()?, buffer).ok()?, "oom_kill")
+    }
+}
+
+impl Reclaim {
+    /// `/proc/vmstat`: a name and a number a line.
+    fn parse(text: &str) -> Reclaim {
+        let mut reclaim = Reclaim::default();
+        for line in text.lines() {
+            let Some((name, value)) = line.split_once(' ') else { continue };
+            let counter = match name {
+                "workingset_refault_file" => &mut reclaim.refaults,
+                "pgscan_direct" => &mut reclaim.stalls,
+                name if name.starts_with("allocstall") => &mut reclaim.stalls,
+                "pswpin" => &mut reclaim.swapped_in,
+                "pswpout" => &mut reclaim.swapped_out,
+                _ => continue,
+            };
+            *counter = counter.saturating_add(value.trim().parse().unwrap_or(0));
+        }
+        reclaim
     }
 }
 
@@ -258,13 +337,13 @@ fn ancestors(top: &Path, relative: &str) -> Vec<PathBuf> {
     below.ancestors().take_while(|path| path.starts_with(top)).map(Path::to_path_buf).collect()
 }
 
-fn open(root: &Path, path: &str) -> io::Result<File> {
+pub(super) fn open(root: &Path, path: &str) -> io::Result<File> {
     File::open(root.join(path))
         .map_err(|error| io::Error::new(error.kind(), format!("/{path}: {error}")))
 }
 
 /// Reads a kept file from its beginning; the kernel makes the text anew each time.
-fn read<'b>(file: &File, buffer: &'b mut [u8]) -> io::Result<&'b str> {
+pub(super) fn read<'b>(file: &File, buffer: &'b mut [u8]) -> io::Result<&'b str> {
     let mut filled = 0;
     while filled < buffer.len() {
         match file.read_at(&mut buffer[filled..], filled as u64) {
@@ -370,8 +449,7 @@ mod tests {
                 own_file: Bytes(2000 << 10),
                 own_anonymous: Bytes(1000 << 10),
                 own_locked: Bytes(64 << 10),
-                pressure: None,
-                temperature_celsius: None,
+                ..MemorySample::default()
             }
         );
     }
@@ -394,6 +472,43 @@ mod tests {
             })
         );
         assert_eq!(sample.temperature_celsius, Some(56.1));
+    }
+
+    #[test]
+    fn reclaim_swap_and_kills_are_counted() {
+        let tree = Tree::new();
+        let meminfo = format!("{MEMINFO}Active(file): 300 kB\nInactive(file): 200 kB\n");
+        tree.file("proc/meminfo", &meminfo)
+            .file(
+                "proc/vmstat",
+                "nr_free_pages 1\nworkingset_refault_file 7\nworkingset_refault_anon 99\npswpin 3\n\
+                 pswpout 4\nallocstall_normal 10\nallocstall_movable 20\npgscan_direct 5\n\
+                 pgscan_direct_throttle 1000\noom_kill 2\n",
+            )
+            .file("sys/block/zram0/mm_stat", "  4096  1024  8192 0 0 0 0\n");
+        let sample = tree.sample();
+        let expected = Reclaim { refaults: 7, stalls: 35, swapped_in: 3, swapped_out: 4 };
+        assert_eq!((sample.reclaim, sample.kills), (expected, 2));
+        assert_eq!((sample.file_cache, sample.zram), (Bytes(500 << 10), Bytes(8192)));
+        // Our own cgroup counts before the machine does.
+        tree.file("proc/self/cgroup", "0::/house\n")
+            .file("proc/self/mountinfo", V2_MOUNT)
+            .v2("/house", "max\n", 10, 1)
+            .file("sys/fs/cgroup/house/memory.events", "low 0\nhigh 3\nmax 1\noom 1\noom_kill 1\n");
+        assert_eq!(tree.sample().kills, 1);
+    }
+
+    #[test]
+    fn the_board_tells_heat_throttling_and_clock() {
+        let tree = Tree::new();
+        tree.file(
+            "sys/devices/platform/soc@107c000000/soc@107c000000:firmware/get_throttled",
+            "50005\n",
+        )
+        .file("sys/devices/system/cpu/cpufreq/policy0/scaling_cur_freq", "1800000\n")
+        .file("sys/devices/system/cpu/cpufreq/policy0/cpuinfo_max_freq", "2400000\n");
+        let sample = tree.sample();
+        assert_eq!((sample.throttled, sample.clock_ratio), (Some(0x50005), Some(0.75)));
     }
 
     #[test]

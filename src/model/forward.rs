@@ -19,7 +19,7 @@ use super::{
 use crate::gguf::{Gguf, Mapping};
 use crate::residency::pager::{self, Guard};
 use crate::residency::{ExpertSlots, ExpertStream};
-use crate::units::{SlotId, TokenId};
+use crate::units::{Bytes, SlotId, TokenId};
 
 /// A model of any supported architecture.
 pub(super) struct Transformer {
@@ -340,8 +340,8 @@ impl Model for Transformer {
         self.kv.bytes_in_use()
     }
 
-    fn scratch_bytes(&self) -> u64 {
-        Scratch::bytes(&self.shape, self.pass_tokens_max)
+    fn release_weights(&mut self) -> std::io::Result<Bytes> {
+        self.weights.release()
     }
 
     fn expert_slots(&self) -> Option<Arc<ExpertSlots>> {

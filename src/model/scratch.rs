@@ -59,21 +59,6 @@ pub(super) struct AttentionWork {
 }
 
 impl Scratch {
-    /// Bytes of all buffers for passes of `tokens` tokens, the activations' copies counted in their largest
-    /// form.
-    pub(super) fn bytes(shape: &Shape, tokens: usize) -> u64 {
-        let (hidden, width, experts) = (shape.hidden, shape.width_max(), shape.experts_max());
-        let (q_len, kv_len) = (shape.heads * shape.head_len, shape.kv_heads * shape.head_len);
-        let widest = hidden.max(q_len).max(width);
-        // x, h and sum; q and the mixed values of the heads; k and v; gate, up and product; the turns.
-        let own =
-            2 * hidden + hidden.max(q_len) + 2 * q_len + 2 * kv_len + 3 * width + shape.head_len;
-        let routed = if experts > 0 { experts + 2 * hidden + 3 * width } else { 0 };
-        // F32, and twice 8 bits with scales and sums, which are less than half of F32 each.
-        let inputs = 2 * widest * if experts > 0 { 2 } else { 1 };
-        (own + routed + inputs) as u64 * 4 * tokens as u64
-    }
-
     pub(super) fn new(shape: &Shape, tokens: usize) -> Scratch {
         let zeros = |width: usize| vec![0.0; width * tokens];
         let has_experts = shape.experts_max() > 0;

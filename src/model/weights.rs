@@ -7,6 +7,8 @@ use scoutd_kernels::{Format, Matrix};
 use super::ModelError;
 use super::shape::{FeedForward, OUTPUT, OUTPUT_NORM, ROPE_FREQS, Shape, TOKEN_EMBD, layer_tensor};
 use crate::gguf::{Gguf, GgufError, Mapping};
+use crate::residency::pager;
+use crate::units::Bytes;
 
 /// The weights of a model. Matrices stay in the mapping and are read there; norms, router and rotation
 /// factors are copied, as they are small and must be finite.
@@ -122,6 +124,14 @@ impl Weights {
     /// Fails if the file is not as it was when it was opened.
     pub(super) fn check_unchanged(&self) -> Result<(), ModelError> {
         Ok(self.mapping.check_unchanged()?)
+    }
+
+    /// Gives the memory of everything that lies in the mapping back; it is read again when it is used. Returns the
+    /// bytes of the file.
+    pub(super) fn release(&self) -> std::io::Result<Bytes> {
+        let len = self.mapping.bytes().len();
+        pager::drop_pages(&self.mapping, 0..len)?;
+        Ok(Bytes(len as u64))
     }
 
     /// What to say when bytes of a file that has not changed could not be read.

@@ -84,7 +84,7 @@ impl Maker<'_> {
             "state",
             "State",
             "{{ value_json.state }}",
-            json!({"device_class": "enum", "options": ["starting", "idle", "generating", "draining", "error"]}),
+            json!({"device_class": "enum", "options": ["starting", "idle", "generating", "degraded", "draining", "error"]}),
         );
         self.sensor(
             "headroom",

@@ -589,6 +589,8 @@ impl Door {
         let state = match (self.draining, busy, &model) {
             (true, ..) => "draining",
             (_, _, None) => "starting",
+            // Requests are refused, or stand still, for want of memory.
+            _ if metrics.memory_rung.get() >= RUNG_RED => "degraded",
             (_, true, _) => "generating",
             (_, false, _) => "idle",
         };
@@ -787,6 +789,8 @@ const SAID_MAX: usize = 256;
 /// Plain questions remembered.
 const ASKED_MAX: usize = 32;
 
+/// From this rung of memory pressure on, requests are refused.
+const RUNG_RED: i64 = 3;
 const TICK: Duration = Duration::from_secs(1);
 const HEALTH_PERIOD: Duration = Duration::from_secs(60);
 

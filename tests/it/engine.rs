@@ -10,7 +10,7 @@ use scoutd::chat::{
 };
 use scoutd::engine::{Config, EngineParts, Local, start};
 use scoutd::gguf::{Gguf, Mapping};
-use scoutd::memory::{Ledger, Purpose};
+use scoutd::memory::{Conditions, Ledger, Purpose};
 use scoutd::metrics::Metrics;
 use scoutd::model::{self, ModelOptions};
 use scoutd::template::ChatTemplate;
@@ -43,7 +43,9 @@ fn engine(config: Config) -> (Local, Arc<Ledger>) {
     let mut card = card("scout-nano");
     card.context_tokens = CONTEXT_TOKENS;
     let metrics = Arc::new(Metrics::new());
-    let parts = EngineParts { model, template, card, ledger: Arc::clone(&ledger), metrics, config };
+    let (conditions, engine_ledger) = (Conditions::new(), Arc::clone(&ledger));
+    let parts =
+        EngineParts { model, template, card, ledger: engine_ledger, metrics, conditions, config };
     (start(parts).expect("the engine starts"), ledger)
 }
 

@@ -192,3 +192,22 @@ fn measurable_folder() -> tempfile::TempDir {
     let target = Path::new(env!("CARGO_BIN_EXE_scoutd")).parent().expect("it lies in a folder");
     tempfile::tempdir_in(target).expect("the build folder can be written")
 }
+
+#[test]
+fn doctor_lists_what_it_found() {
+    let folder = folder();
+    let output = scoutd(folder.path(), &["doctor", "--json"]);
+    let report: Value = serde_json::from_slice(&output.stdout).expect("one JSON object");
+    let findings = report["findings"].as_array().expect("a list");
+    let row =
+        |name: &str| findings.iter().find(|row| row["name"] == name).expect("the row is there");
+    for name in ["memory", "memory cgroup", "pressure stalls", "page size", "locked memory", "swap"]
+    {
+        let row = row(name);
+        let is_good = row["verdict"] == "ok";
+        assert_eq!(row["consequence"] == "", is_good, "{row}");
+    }
+    assert_eq!(row("measured")["found"], "never");
+    let is_bad = findings.iter().any(|row| row["verdict"] == "bad");
+    assert_eq!(output.status.code(), Some(i32::from(is_bad)));
+}

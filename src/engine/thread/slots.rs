@@ -119,8 +119,14 @@ impl Engine {
         let max = usize::from(self.shared.preparer.config.resting_slots);
         match memory {
             Some(memory)
-                if max > 0 && held >= SHARED_TOKENS_MIN && self.model.len(slot) == held =>
+                if max > 0
+                    && self.heeded.may_keep()
+                    && held >= SHARED_TOKENS_MIN
+                    && self.model.len(slot) == held =>
             {
+                if !self.heeded.may_keep_more() {
+                    self.give_up_resting(None);
+                }
                 self.resting.add(&self.shared.spec, Resting { slot, tokens, memory });
                 while self.resting.len() > max {
                     self.give_up_resting(None);
