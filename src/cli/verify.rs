@@ -218,12 +218,13 @@ fn print(report: &Report) {
         }
     }
     print_calls(report);
+    print_lost(report);
     println!();
     for check in &report.gate {
         let value = check.value.map_or("none".to_owned(), |value| format!("{value:.2}"));
         let verdict = if check.passed { "passed" } else { "NOT PASSED" };
         let note = check.note.as_ref().map(|note| format!("  ({note})")).unwrap_or_default();
-        println!("{verdict:<10}  {}: {value}, limit {}{note}", check.name, check.limit);
+        println!("{verdict:<10}  {}: {value}, limit {:.2}{note}", check.name, check.limit);
     }
     let verdict = if report.passed { "the gate is passed" } else { "the gate is NOT passed" };
     println!("{verdict}; {:.1} s", report.seconds);
@@ -274,6 +275,15 @@ fn print_calls(report: &Report) {
     );
 }
 
+/// The first of what the file made worse; all of it is in the JSON report.
+fn print_lost(report: &Report) {
+    let worse = report.differences.iter().filter(|one| one.lost || one.broken_json);
+    for one in worse.take(LOST_SHOWN) {
+        let what = if one.lost { "lost" } else { "broken" };
+        println!("{what:<7} {:?}: {:?} instead of {:?}", one.request, one.file, one.expected);
+    }
+}
+
 fn share(share: Share) -> String {
     match share.percent() {
         Some(percent) => format!("{}/{} = {percent:.1} %", share.count, share.of),
@@ -281,5 +291,6 @@ fn share(share: Share) -> String {
     }
 }
 
+const LOST_SHOWN: usize = 5;
 /// The file is worse than the gate allows.
 const EXIT_NOT_PASSED: u8 = 2;

@@ -29,7 +29,8 @@ use self::cases::Cases;
 pub use self::error::VerifyError;
 use self::reference::Reference;
 pub use self::report::{
-    Check, Divergence, Gate, Likeness, Perplexity, PromptReport, Report, Share, Subject, ToolCalls,
+    Check, Difference, Divergence, Gate, Likeness, Perplexity, PromptReport, Report, Share,
+    Subject, ToolCalls,
 };
 use crate::gguf::{Gguf, Mapping};
 use crate::model::{self, KvType};

@@ -40,6 +40,9 @@ pub(super) struct Request {
     /// The expected answer and the token that ends it; never empty.
     pub(super) expected: Vec<TokenId>,
     pub(super) said: Said,
+    /// The user's last words, and the expected answer.
+    pub(super) words: String,
+    pub(super) answer: String,
     tools: Vec<Tool>,
 }
 
@@ -143,7 +146,9 @@ impl Writer<'_> {
         expected.extend(self.tokenizer.eos().or(self.tokenizer.stop_tokens().first().copied()));
         let tools = if asked.tools.is_empty() { known_tools } else { &asked.tools };
         let said = Said::parse(&asked.answer, tools);
-        Ok(Request { prompt, expected, said, tools: asked.tools })
+        let said_last = asked.messages.iter().rev().find(|message| message.role == Role::User);
+        let words = said_last.map(|message| message.content.clone()).unwrap_or_default();
+        Ok(Request { prompt, expected, said, words, answer: asked.answer, tools: asked.tools })
     }
 
     fn prompt(&self, text: &str) -> Result<Prompt, VerifyError> {

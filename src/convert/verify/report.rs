@@ -111,6 +111,20 @@ pub struct ToolCalls {
     pub file_texts: Share,
 }
 
+/// A request that only one of the models answered rightly, or that the file answered with broken JSON.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Difference {
+    /// The user's last words.
+    pub request: String,
+    pub expected: String,
+    pub reference: String,
+    pub file: String,
+    /// Right in the reference, wrong in the file.
+    pub lost: bool,
+    /// The file's answer set out to be JSON and is none.
+    pub broken_json: bool,
+}
+
 /// One condition of the gate.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct Check {
@@ -138,6 +152,7 @@ pub struct Report {
     pub prompts: Option<Likeness>,
     pub each_prompt: Vec<PromptReport>,
     pub calls: ToolCalls,
+    pub differences: Vec<Difference>,
     pub gate: Vec<Check>,
     pub passed: bool,
     pub seconds: f64,
@@ -158,7 +173,6 @@ pub(super) fn judge(
     let rise = perplexity.map(|perplexity| perplexity.rise_percent);
     let drop = calls.reference_exact.percent().zip(calls.file_exact.percent());
     let drop = drop.map(|(reference, file)| reference - file);
-    let valid = calls.file_json_valid.percent();
     vec![
         Check {
             name,
@@ -175,14 +189,30 @@ pub(super) fn judge(
             passed: drop.is_none_or(|drop| drop <= gate.calls_drop_points),
             note: calls_note(calls),
         },
-        Check {
-            name: "valid JSON, percent",
-            value: valid,
-            limit: gate.json_valid_percent,
-            passed: valid.is_none_or(|valid| valid >= gate.json_valid_percent),
-            note: valid.is_none().then(|| "no answer set out to be JSON".to_owned()),
-        },
+        json_check(gate, calls),
     ]
+}
+
+/// A file cannot be asked for more than its source has: where that misses the limit, the file may miss it by as
+/// many points more as calls may be lost.
+fn json_check(gate: &Gate, calls: &ToolCalls) -> Check {
+    let valid = calls.file_json_valid.percent();
+    let of_reference = calls.reference_json_valid.percent();
+    let reference_misses = of_reference.filter(|&percent| percent < gate.json_valid_percent);
+    let limit = match reference_misses {
+        Some(percent) => percent - gate.calls_drop_points,
+        None => gate.json_valid_percent,
+    };
+    let note = match (valid, reference_misses) {
+        (None, _) => Some("no answer set out to be JSON".to_owned()),
+        (_, Some(percent)) => Some(format!(
+            "the reference itself has {percent:.1}, below {}: the limit follows it",
+            gate.json_valid_percent
+        )),
+        _ => None,
+    };
+    let name = "valid JSON, percent";
+    Check { name, value: valid, limit, passed: valid.is_none_or(|valid| valid >= limit), note }
 }
 
 /// Where chance could have decided.
@@ -245,6 +275,20 @@ mod tests {
         assert_eq!(passed(None, 2.1, &good), [false, true, true], "answers stand in for a text");
         assert_eq!(passed(Some(-1.0), 0.0, &calls(150, 145, 198)), [true, false, true]);
         assert_eq!(passed(Some(f64::NAN), 0.0, &calls(150, 150, 197)), [false, true, false]);
+    }
+
+    #[test]
+    fn where_the_reference_breaks_json_the_file_may_too() {
+        let passed = |reference: usize, file: usize| {
+            let mut calls = calls(150, 150, file);
+            calls.reference_json_valid.count = reference;
+            let checks = judge(&Gate::default(), None, None, &calls);
+            (checks[2].passed, checks[2].note.is_some())
+        };
+        assert_eq!(passed(198, 198), (true, false));
+        assert_eq!(passed(198, 197), (false, false), "99 % is reached by the reference");
+        assert_eq!(passed(160, 156), (true, true));
+        assert_eq!(passed(160, 155), (false, true));
     }
 
     #[test]

@@ -7,7 +7,7 @@ use super::calls::{Judged, Said, json_validity, tally};
 use super::cases::{Cases, Request};
 use super::divergence::{Position, Positions};
 use super::error::VerifyError;
-use super::report::{PromptReport, Report, Share, judge};
+use super::report::{Difference, PromptReport, Report, Share, judge};
 use super::rows::{Reader, Row, Writer};
 use super::runner::Runner;
 use super::{Options, Progress, Unit};
@@ -62,6 +62,11 @@ pub(super) fn run(
         .map(|(request, (reference, file))| judge_one(cases, request, reference, file))
         .collect();
     let calls = tally(&judged);
+    let differences = cases.requests.iter().zip(&judged).zip(first_answers.iter().zip(&answers));
+    let differences = differences.filter_map(|((request, judged), (reference, file))| {
+        difference(request, judged, reference, file)
+    });
+    let differences = differences.collect();
     let each_prompt = asked.iter().zip(&along).map(|(asked, along)| asked.report(cases, along));
     let each_prompt: Vec<PromptReport> = each_prompt.collect();
     let mut prompts = Positions::default();
@@ -80,6 +85,7 @@ pub(super) fn run(
         prompts: prompts.likeness(),
         each_prompt,
         calls,
+        differences,
         passed: gate.iter().all(|check| check.passed),
         gate,
         seconds: started.elapsed().as_secs_f64(),
@@ -176,6 +182,24 @@ fn read_prompts(
         runner.read(&tokens, from - 1, |at, logits| show(index, answer[at + 1 - from], logits))?;
     }
     Ok(())
+}
+
+fn difference(
+    request: &Request,
+    judged: &Judged,
+    reference: &str,
+    file: &str,
+) -> Option<Difference> {
+    let broken_json = judged.file_json == Some(false);
+    let differs = judged.reference_right != judged.file_right || broken_json;
+    differs.then(|| Difference {
+        request: request.words.clone(),
+        expected: request.answer.clone(),
+        reference: reference.to_owned(),
+        file: file.to_owned(),
+        lost: judged.reference_right && !judged.file_right,
+        broken_json,
+    })
 }
 
 fn judge_one(cases: &Cases, request: &Request, reference: &str, file: &str) -> Judged {
