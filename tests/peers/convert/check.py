@@ -9,94 +9,10 @@ from pathlib import Path
 import numpy as np
 from gguf import MODEL_ARCH, GGMLQuantizationType, GGUFReader, get_tensor_name_map, quants
 
+from made_up import HEADS, KV, LAYERS, D, H, write
+
 scoutd, work = sys.argv[1], Path(sys.argv[2])
 oracle = Path(sys.argv[3]) if len(sys.argv) > 3 else None
-rng = np.random.default_rng(7)
-
-# --- checkpoints -----------------------------------------------------------------------------------------------------
-
-
-def bf16(shape, scale=0.05):
-    """Random values on the BF16 grid, as F32."""
-    values = (rng.standard_normal(shape) * scale).astype(np.float32)
-    return (values.view(np.uint32) & 0xFFFF0000).view(np.float32)
-
-
-def write_safetensors(path, tensors):
-    header, data, at = {}, [], 0
-    for name, values in tensors.items():
-        raw = (values.view(np.uint32) >> 16).astype("<u2").tobytes()
-        header[name] = {"dtype": "BF16", "shape": list(values.shape), "data_offsets": [at, at + len(raw)]}
-        at += len(raw)
-        data.append(raw)
-    text = json.dumps(header).encode()
-    path.write_bytes(len(text).to_bytes(8, "little") + text + b"".join(data))
-
-
-def write_checkpoint(folder, config, tensors, shards):
-    folder.mkdir()
-    names, index = list(tensors), {}
-    for shard in range(shards):
-        part = names[shard::shards]
-        file = f"model-{shard + 1:05}-of-{shards:05}.safetensors"
-        write_safetensors(folder / file, {name: tensors[name] for name in part})
-        index.update(dict.fromkeys(part, file))
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
-    (folder / "config.json").write_text(json.dumps(config))
-    letters = {chr(ord("a") + i): i for i in range(26)}
-    tokenizer = {"model": {"type": "BPE", "vocab": letters, "merges": []}, "pre_tokenizer": {"type": "ByteLevel"}}
-    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
-
-
-H, WIDTH, EXPERTS, VOCAB, LAYERS, HEADS, KV, D = 256, 512, 4, 64, 5, 4, 2, 64
-common = dict(hidden_size=H, vocab_size=VOCAB, num_hidden_layers=LAYERS, num_attention_heads=HEADS, head_dim=D,
-              num_key_value_heads=KV, max_position_embeddings=4096, rms_norm_eps=1e-5, rope_theta=500000.0,
-              bos_token_id=1, eos_token_id=2)
-
-
-def attention(prefix):
-    yield f"{prefix}.input_layernorm.weight", bf16(H)
-    yield f"{prefix}.post_attention_layernorm.weight", bf16(H)
-    for name, rows, cols in [("q", HEADS * D, H), ("k", KV * D, H), ("v", KV * D, H), ("o", H, HEADS * D)]:
-        yield f"{prefix}.self_attn.{name}_proj.weight", bf16((rows, cols))
-
-
-def dense(prefix):
-    for name, rows, cols in [("gate", WIDTH, H), ("up", WIDTH, H), ("down", H, WIDTH)]:
-        yield f"{prefix}.{name}_proj.weight", bf16((rows, cols))
-
-
-def ends():
-    yield "model.embed_tokens.weight", bf16((VOCAB, H))
-    yield "lm_head.weight", bf16((VOCAB, H))
-    yield "model.norm.weight", bf16(H)
-
-
-def llama4():
-    config = dict(architectures=["Llama4ForConditionalGeneration"], text_config=dict(
-        common, intermediate_size=WIDTH, intermediate_size_mlp=2 * WIDTH, num_local_experts=EXPERTS,
-        num_experts_per_tok=1, interleave_moe_layer_step=1, use_qk_norm=True))
-    tensors = dict(ends())
-    for layer in range(LAYERS):
-        prefix = f"model.layers.{layer}"
-        tensors.update(attention(prefix))
-        tensors.update(dense(f"{prefix}.feed_forward.shared_expert"))
-        tensors[f"{prefix}.feed_forward.router.weight"] = bf16((EXPERTS, H))
-        tensors[f"{prefix}.feed_forward.experts.gate_up_proj"] = bf16((EXPERTS, H, 2 * WIDTH))
-        tensors[f"{prefix}.feed_forward.experts.down_proj"] = bf16((EXPERTS, WIDTH, H))
-    stored = {f"language_model.{name}": values for name, values in tensors.items()}
-    stored["vision_model.patch_embedding.weight"] = bf16((8, 8))
-    return config, tensors, stored
-
-
-def llama():
-    config = dict(common, architectures=["LlamaForCausalLM"], intermediate_size=WIDTH)
-    tensors = dict(ends())
-    for layer in range(LAYERS):
-        tensors.update(attention(f"model.layers.{layer}"))
-        tensors.update(dense(f"model.layers.{layer}.mlp"))
-    return config, tensors, tensors
-
 
 # --- what must come out ----------------------------------------------------------------------------------------------
 
@@ -176,11 +92,9 @@ def kill_and_resume(folder, options=("--type", "q4_k", "--threads", "1")):
     print(f"killed {killed} times, resumed with {report['resumed_pieces']} pieces: the same bytes")
 
 
-for maker, arch in ((llama4, MODEL_ARCH.LLAMA4), (llama, MODEL_ARCH.LLAMA)):
-    config, tensors, stored = maker()
-    folder = work / maker.__name__
-    write_checkpoint(folder, config, stored, shards=3)
-    wanted = expected(tensors, arch)
+made = write(work)
+for name, arch in (("llama4", MODEL_ARCH.LLAMA4), ("llama", MODEL_ARCH.LLAMA)):
+    folder, wanted = work / name, expected(made[name], arch)
     for kind in ("f32", "f16", "bf16", "q8_0", "q4_1", "q4_0", "q4_k", "q5_k", "q6_k", "auto"):
         compare(folder, wanted, kind)
 kill_and_resume(work / "llama4")
@@ -188,11 +102,12 @@ kill_and_resume(work / "llama4")
 if oracle is None:
     print("llama.cpp's converter: not compared, SCOUTD_ORACLE is not set")
 else:
-    convert(oracle / "tiny", work / "tiny.gguf", "--type", "f32")
-    ours = {t.name: t for t in GGUFReader(work / "tiny.gguf").tensors}
-    theirs = {t.name: t for t in GGUFReader(oracle / "tiny" / "tiny-f32.gguf").tensors}
-    assert set(ours) == set(theirs)
-    for name, tensor in theirs.items():
-        assert list(ours[name].shape) == list(tensor.shape), name
-        assert ours[name].data.tobytes() == tensor.data.tobytes(), name
-    print(f"llama.cpp's converter: {len(theirs)} tensors equal byte for byte")
+    for folder in ("tiny", "tiny-stock"):
+        convert(oracle / folder, work / f"{folder}.gguf", "--type", "f32")
+        ours = {t.name: t for t in GGUFReader(work / f"{folder}.gguf").tensors}
+        theirs = {t.name: t for t in GGUFReader(oracle / folder / f"{folder}-f32.gguf").tensors}
+        assert set(ours) == set(theirs)
+        for name, tensor in theirs.items():
+            assert list(ours[name].shape) == list(tensor.shape), name
+            assert ours[name].data.tobytes() == tensor.data.tobytes(), name
+        print(f"llama.cpp's converter: {folder}: {len(theirs)} tensors equal byte for byte")
