@@ -20,7 +20,7 @@ use serde::Deserialize;
 pub use conditions::{Conditions, Loading};
 pub use headroom::{Holdings, headroom};
 pub use ledger::{Holder, Ledger, Permit, Purpose, Shortfall};
-pub use pressure::{Cause, Change, Ladder, Reading, Rung};
+pub use pressure::{Cause, Change, Ladder, Reading, Room, Rung};
 pub use probe::{MemoryProbe, MemorySample, Pressure, ProcProbe, Reclaim, Stall};
 pub use survey::{Finding, Verdict, missing, survey};
 pub use watch::{Watch, WatchParts};

@@ -5,6 +5,7 @@
 //! reads on threads of their own, so that whoever computes waits for a disk and never for a page fault.
 
 mod config;
+mod keeper;
 pub mod pager;
 mod plan;
 mod policy;
@@ -13,6 +14,7 @@ mod slots;
 mod source;
 
 pub use config::Config;
+pub use keeper::Keeper;
 pub use plan::{ExpertLayer, Needs, Parts, Plan, Refusal, STAGING_EXPERTS, Streaming, plan};
 pub use policy::{HALF_LIFE_TURNS, Policy, best_hits, replay};
 pub use slots::{

@@ -24,7 +24,7 @@ use crate::units::Bytes;
 /// Options of `scoutd plan`.
 #[derive(clap::Args)]
 #[command(after_help = "\
-MODEL is a GGUF file, a folder with the config.json of a Hugging Face checkpoint (planned as it would be
+MODEL is a GGUF file, a model's name in the store, a folder with the config.json of a Hugging Face checkpoint (planned as it would be
 converted), or one of these words, planned in Q4_0 without any file:
   scout, llama-3.1-8b, llama-3.2-3b, llama-3.2-1b, smollm2-1.7b, smollm2-360m, smollm2-135m, tinyllama-1.1b
 
@@ -36,7 +36,7 @@ Examples:
   scoutd plan ./Llama-3.2-3B --type q8_0 --context 16384
   scoutd plan model.gguf --ram 8GiB --json")]
 pub(super) struct Args {
-    /// A GGUF file, a checkpoint's folder or a model's word [default: the configured model]
+    /// A GGUF file, a name in the store, a checkpoint's folder or a model's word [default: the configured model]
     #[arg(value_name = "MODEL")]
     subject: Option<String>,
     /// Plan for an idle machine with this much memory only, as in 8GiB
@@ -64,7 +64,7 @@ pub(super) fn run(args: Args) -> anyhow::Result<ExitCode> {
         (None, Some(path)) => path.display().to_string(),
         (None, None) => bail!(Usage("name a model to plan".to_owned())),
     };
-    let outline = outline(&subject, args.base, kv_type)?;
+    let outline = outline(&config, &subject, args.base, kv_type)?;
     let asked = args.context.unwrap_or(config.model.context_tokens);
     let context_tokens = daemon::context(asked, outline.spec.context_len);
     if asked > outline.spec.context_len {
@@ -92,23 +92,35 @@ pub(super) fn run(args: Args) -> anyhow::Result<ExitCode> {
 }
 
 /// What a model of any kind takes.
-fn outline(subject: &str, base: Base, kv_type: KvType) -> anyhow::Result<Outline> {
+fn outline(config: &Config, subject: &str, base: Base, kv_type: KvType) -> anyhow::Result<Outline> {
     let path = Path::new(subject);
     if path.is_dir() {
         return checkpoint(path, base, kv_type);
     }
     if path.is_file() {
-        let mapping = Mapping::open(path).with_context(|| format!("cannot open {subject}"))?;
-        let gguf =
-            Gguf::parse(mapping.bytes()).with_context(|| format!("cannot read {subject}"))?;
-        return Outline::from_gguf(&gguf, kv_type)
-            .with_context(|| format!("{subject} cannot be run"));
+        return file(path, kv_type);
+    }
+    // A file of that name in the store is more than a shape.
+    if let Ok(stored) = daemon::find_model(config, path)
+        && stored.is_file()
+    {
+        return file(&stored, kv_type);
     }
     let Some(blueprint) = store::find(subject) else {
         let words: Vec<&str> = store::catalogue().into_iter().map(|(word, _)| word).collect();
-        bail!(Usage(format!("`{subject}` is no file, no folder and none of {}", words.join(", "))));
+        bail!(Usage(format!(
+            "`{subject}` is no file, no folder, no model of the store and none of {}",
+            words.join(", ")
+        )));
     };
     Ok(blueprint.outline_q4_0(kv_type))
+}
+
+fn file(path: &Path, kv_type: KvType) -> anyhow::Result<Outline> {
+    let name = path.display();
+    let mapping = Mapping::open(path).with_context(|| format!("cannot open {name}"))?;
+    let gguf = Gguf::parse(mapping.bytes()).with_context(|| format!("cannot read {name}"))?;
+    Outline::from_gguf(&gguf, kv_type).with_context(|| format!("{name} cannot be run"))
 }
 
 /// A checkpoint as it would be converted. Only its `config.json` is read.

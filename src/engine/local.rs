@@ -25,6 +25,7 @@ use crate::chat::{
 use crate::memory::{Conditions, Ledger, Purpose, Rung, Shortfall};
 use crate::metrics::Metrics;
 use crate::model::{Model, ModelSpec};
+use crate::residency::Keeper;
 use crate::template::ChatTemplate;
 use crate::units::Bytes;
 
@@ -92,6 +93,8 @@ pub struct Local {
     card: ModelCard,
     pool: Option<Pool>,
     thread: Option<JoinHandle<()>>,
+    /// Lets the expert slots of a streamed model follow memory.
+    _keeper: Option<Keeper>,
 }
 
 /// Starts the engine's threads.
@@ -133,8 +136,13 @@ pub fn start(parts: EngineParts) -> Result<Local, StartError> {
     });
     let worker = Arc::clone(&shared);
     let pool = Pool::start(config.prepare_threads, queue_max, move |job| worker.work(job))?;
+    let keep = |slots| {
+        let (conditions, metrics) = (Arc::clone(&shared.conditions), Arc::clone(&shared.metrics));
+        Keeper::start(slots, conditions, metrics)
+    };
+    let keeper = model.expert_slots().map(keep).transpose()?;
     let thread = thread::spawn(model, Arc::clone(&shared), scratch)?;
-    Ok(Local { shared, card, pool: Some(pool), thread: Some(thread) })
+    Ok(Local { shared, card, pool: Some(pool), thread: Some(thread), _keeper: keeper })
 }
 
 impl Local {

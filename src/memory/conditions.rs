@@ -5,13 +5,16 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::task::Waker;
 use std::time::{Duration, Instant};
 
-use super::Rung;
+use super::{Room, Rung};
+use crate::units::Bytes;
 
 /// Rung and heat now, and who wants to be woken when they change.
 #[derive(Debug)]
 pub struct Conditions {
     rung: AtomicU8,
     hot: AtomicBool,
+    missing: AtomicU64,
+    spare: AtomicU64,
     /// The model runs from disk because the operator wants it to.
     forced: AtomicBool,
     /// Until when, in milliseconds after `start`, a load excuses stalls; `u64::MAX` while it lasts.
@@ -29,6 +32,8 @@ impl Conditions {
         Arc::new(Conditions {
             rung: AtomicU8::new(0),
             hot: AtomicBool::new(false),
+            missing: AtomicU64::new(0),
+            spare: AtomicU64::new(0),
             forced: AtomicBool::new(false),
             loading_until: AtomicU64::new(0),
             start: Instant::now(),
@@ -44,6 +49,12 @@ impl Conditions {
     /// Whether the processor is too warm to work at full width.
     pub fn is_hot(&self) -> bool {
         self.hot.load(Ordering::Relaxed)
+    }
+
+    /// How far headroom is from where caches may rest.
+    pub fn room(&self) -> Room {
+        let load = |bytes: &AtomicU64| Bytes(bytes.load(Ordering::Relaxed));
+        Room { missing: load(&self.missing), spare: load(&self.spare) }
     }
 
     /// Has `waker` woken at each change, from now on.
@@ -71,6 +82,12 @@ impl Conditions {
             let wakers = self.wakers.lock().unwrap_or_else(PoisonError::into_inner);
             wakers.iter().for_each(Waker::wake_by_ref);
         }
+    }
+
+    /// Sets what [`room`](Conditions::room) tells.
+    pub(super) fn set_room(&self, room: Room) {
+        self.missing.store(room.missing.0, Ordering::Relaxed);
+        self.spare.store(room.spare.0, Ordering::Relaxed);
     }
 
     /// Whether stalls are excused now.

@@ -143,6 +143,30 @@ pub struct Ladder {
 const HEADROOM_PERCENT: [(Rung, f64); 4] =
     [(Rung::Critical, 3.0), (Rung::Red, 5.0), (Rung::Orange, 7.0), (Rung::Yellow, 10.0)];
 
+/// How far headroom is from where caches may rest.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Room {
+    /// What must come back before orange can be left.
+    pub missing: Bytes,
+    /// What may be taken without coming close to yellow.
+    pub spare: Bytes,
+}
+
+impl Room {
+    /// Of a headroom in `total`.
+    pub fn of(total: Bytes, headroom: Bytes) -> Room {
+        let percent = |percent: f64| Bytes((total.0 as f64 * percent / 100.0) as u64);
+        let limit = |wanted: Rung| {
+            let limit = HEADROOM_PERCENT.iter().find(|(rung, _)| *rung == wanted);
+            percent(limit.map_or(0.0, |(_, limit)| limit + SPARE_PERCENT))
+        };
+        Room {
+            missing: limit(Rung::Orange).saturating_sub(headroom),
+            spare: headroom.saturating_sub(limit(Rung::Yellow)),
+        }
+    }
+}
+
 /// Percent of all memory below which stalls and their substitutes count for a rung. Above, they are those of
 /// somebody else at a limit of his own, or of a disk being copied.
 const STALLS_COUNT_PERCENT: [(Rung, f64); 4] =
@@ -479,6 +503,14 @@ mod tests {
         let times: Vec<f64> = changes.iter().map(|c| c.0 - start).collect();
         assert!(times[1] <= 4.0, "requests are admitted again: {times:?}");
         assert!(times[3] >= 43.0, "caches grow again much later: {times:?}");
+    }
+
+    #[test]
+    fn room_is_counted_from_where_orange_ends_and_yellow_begins() {
+        let room = |headroom| Room::of(Bytes(1000), Bytes(headroom));
+        assert_eq!(room(50), Room { missing: Bytes(40), spare: Bytes(0) });
+        assert_eq!(room(100), Room { missing: Bytes(0), spare: Bytes(0) });
+        assert_eq!(room(200), Room { missing: Bytes(0), spare: Bytes(80) });
     }
 
     #[test]

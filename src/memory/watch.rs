@@ -17,7 +17,7 @@ use prometheus::{Gauge, IntCounter};
 use super::alarm::{Alarm, Woken};
 use super::heat::Heat;
 use super::pressure::{Change, Ladder, Reading};
-use super::{Conditions, Config, Ledger, MemoryProbe, MemorySample, Purpose, Rung, headroom};
+use super::{Conditions, Config, Ledger, MemoryProbe, MemorySample, Purpose, Room, Rung, headroom};
 use crate::metrics::Metrics;
 use crate::units::Bytes;
 
@@ -213,6 +213,7 @@ impl Round {
         let hot = self.heat.step(sample);
         let rung = self.ladder.rung();
         self.parts.ledger.set_closed(rung >= Rung::Red);
+        self.parts.conditions.set_room(Room::of(sample.total, left));
         self.parts.conditions.set(rung, hot);
         if let Some(change) = change {
             self.changes[usize::from(change.to.number())].inc();

@@ -6,7 +6,7 @@
 //! read on top.
 
 use super::catalogue::catalogue;
-use crate::model::{KvType, Outline};
+use crate::model::{KvType, Outline, STREAMED_PASS_TOKENS};
 use crate::residency::{Needs, Parts, Plan, Refusal, Streaming, plan};
 use crate::units::Bytes;
 
@@ -141,9 +141,17 @@ pub enum Instead {
 
 /// Plans a model on a machine.
 pub fn fit(outline: &Outline, machine: &Machine, wish: Wish) -> Fit {
-    let needs = outline.needs(wish.context_tokens, wish.pass_tokens);
-    let plan = plan(&needs, machine.headroom);
-    let speed = speed(outline, &needs, &plan, machine.rates, wish.pass_tokens);
+    let mut pass_tokens = wish.pass_tokens;
+    let mut needs = outline.needs(wish.context_tokens, pass_tokens);
+    let mut planned = plan(&needs, machine.headroom);
+    if matches!(planned, Plan::Streams(_)) && pass_tokens < STREAMED_PASS_TOKENS {
+        // A pass reads most of the file, so it is made large; its buffers come out of the slots.
+        pass_tokens = STREAMED_PASS_TOKENS;
+        needs = outline.needs(wish.context_tokens, pass_tokens);
+        planned = plan(&needs, machine.headroom);
+    }
+    let plan = planned;
+    let speed = speed(outline, &needs, &plan, machine.rates, pass_tokens);
     let instead = match &plan {
         Plan::Refuse(refusal) => instead(outline, machine, wish, refusal),
         _ => Vec::new(),
@@ -413,8 +421,8 @@ mod tests {
         let found = on("scout", 16);
         let Plan::Streams(streaming) = &found.plan else { panic!("it streams") };
         let slots: u32 = streaming.slots_per_layer.iter().sum();
-        // 104 slots where scratch and staging take 0.3 GB; our scratch is exact.
-        assert!((100..=108).contains(&slots), "{slots}");
+        // 104 slots where scratch and staging take 0.3 GB; buffers of a pass of 1024 tokens alone take half a GB.
+        assert!((98..=102).contains(&slots), "{slots}");
         let speed = found.speed.expect("it runs");
         assert!(near(speed.decode_tokens_per_s, 0.27, 0.02), "{speed:?}");
         assert_eq!(found.summary().split(',').next(), Some("streams its experts"));

@@ -77,7 +77,7 @@ fn scout_is_planned_for_every_board_without_a_file() {
     assert_eq!(machines[0]["would_fit"][0]["model"], "llama-3.2-3b");
     let board = &machines[2];
     let slots = board["plan_expert_slots"].as_u64().expect("a number");
-    assert!((100..=108).contains(&slots), "{slots}");
+    assert!((98..=102).contains(&slots), "{slots}");
     let speed = board["plan_decode_tokens_per_second"].as_f64().expect("a number");
     assert!((0.25..0.29).contains(&speed), "{speed}");
     assert_eq!(board["rates_measured"], false);
