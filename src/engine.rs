@@ -19,6 +19,7 @@ mod queue;
 mod request;
 mod sampler;
 mod scheduler;
+mod score;
 mod stop;
 mod submission;
 mod thread;

@@ -26,6 +26,9 @@ pub enum ChatError {
         /// The predicted time to the first token.
         needs: Duration,
     },
+    /// Another file is loaded than the one that was asked for.
+    #[error("the model's digest differs")]
+    DigestDiffers,
     /// The daemon is shutting down.
     #[error("shutting down")]
     Draining {
@@ -93,6 +96,7 @@ impl ChatError {
             ChatError::Cancelled => "cancelled",
             ChatError::ContextTooLong { .. } => "context_too_long",
             ChatError::DeadlineUnmeetable { .. } => "deadline",
+            ChatError::DigestDiffers => "digest_differs",
             ChatError::Draining { .. } => "draining",
             ChatError::Internal(_) => "internal",
             ChatError::Invalid { .. } => "invalid",

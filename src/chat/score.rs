@@ -37,7 +37,7 @@ impl ScoreRequest {
     pub const CANDIDATES_MAX: usize = 16;
 
     /// Most bytes of one continuation.
-    pub const CANDIDATE_BYTES_MAX: usize = 4096;
+    pub const CANDIDATE_BYTES_MAX: usize = 256;
 }
 
 /// The answer to a [`ScoreRequest`].

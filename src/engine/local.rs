@@ -16,17 +16,18 @@ use super::places::Places;
 use super::pool::Pool;
 use super::prefix::kv_bytes;
 use super::prepare::Preparer;
-use super::submission::{Job, Prepared, Submission, Ticket, door};
-use super::thread;
+use super::submission::{Continuation, Job, Prepared, Submission, Ticket, door};
+use super::{score, thread};
 use crate::chat::{
-    Backend, ChatError, ChatEvent, ChatRequest, ChatStream, Completion, FinishReason, ModelCard,
-    Timings, Usage,
+    Backend, BoxFuture, ChatError, ChatEvent, ChatRequest, ChatStream, Completion, FinishReason,
+    ModelCard, ModelName, ScoreReply, ScoreRequest, Timings, Usage,
 };
 use crate::memory::{Conditions, Ledger, Purpose, Rung, Shortfall};
 use crate::metrics::Metrics;
 use crate::model::{Model, ModelSpec};
 use crate::residency::Keeper;
 use crate::template::ChatTemplate;
+use crate::tokenizer::Tokenizer;
 use crate::units::Bytes;
 
 /// What an engine is made of.
@@ -153,6 +154,14 @@ impl Local {
         self.shared.places.wait_until_empty(limit)
     }
 
+    pub(super) fn card(&self) -> &ModelCard {
+        &self.card
+    }
+
+    pub(super) fn tokenizer(&self) -> &Tokenizer {
+        self.shared.preparer.template.tokenizer()
+    }
+
     /// Requests in hand: being prepared, waiting, running, or not yet read to the end.
     pub fn in_hand(&self) -> usize {
         self.shared.places.len()
@@ -165,8 +174,7 @@ impl Local {
         runs && self.shared.usable.load(Ordering::SeqCst)
     }
 
-    fn refusal(&self, request: &ChatRequest) -> Option<ChatError> {
-        let name = request.model();
+    fn refusal(&self, name: &ModelName) -> Option<ChatError> {
         if !name.as_str().is_empty() && !name.matches(&self.card.name) {
             return Some(ChatError::UnknownModel(name.clone()));
         }
@@ -183,12 +191,27 @@ impl Backend for Local {
     }
 
     fn chat(&self, request: ChatRequest) -> ChatStream {
+        self.submit(request, None)
+    }
+
+    fn score(&self, request: ScoreRequest) -> BoxFuture<'_, Result<ScoreReply, ChatError>> {
+        Box::pin(score::score(self, request))
+    }
+}
+
+impl Local {
+    /// The stream of `request`; with a continuation, of its log-probabilities alone.
+    pub(super) fn submit(
+        &self,
+        request: ChatRequest,
+        continuation: Option<Continuation>,
+    ) -> ChatStream {
         let door = door(&request.parts().origin);
         let refuse = |error: ChatError| {
             self.shared.metrics.requests.with_label_values(&[door, error.code()]).inc();
             ChatStream::refused(error)
         };
-        if let Some(error) = self.refusal(&request) {
+        if let Some(error) = self.refusal(request.model()) {
             return refuse(error);
         }
         let full = || ChatError::QueueFull { retry_after: self.shared.load().retry_for_place() };
@@ -198,7 +221,7 @@ impl Backend for Local {
         let (sender, stream) = ChatStream::channel(self.shared.preparer.config.unread_events_max);
         let ticket = Ticket { sender, place, door, arrived: Instant::now() };
         let Some(pool) = &self.pool else { return refuse(draining()) };
-        match pool.submit(Job { request, ticket }) {
+        match pool.submit(Job { request, continuation, ticket }) {
             Ok(()) => stream,
             Err(_) => refuse(full()),
         }
@@ -228,17 +251,20 @@ impl Shared {
 
     /// The whole way of a job on a preparing thread.
     fn work(&self, job: Job) {
-        let Job { request, ticket } = job;
+        let Job { request, continuation, ticket } = job;
         if ticket.sender.is_closed() {
             return self.refuse(ticket, ChatError::Cancelled);
         }
-        let prepared = catch_unwind(AssertUnwindSafe(|| self.preparer.prepare(request)))
-            .unwrap_or_else(|_| Err(ChatError::Internal("preparing a prompt panicked".to_owned())));
+        let prepared =
+            catch_unwind(AssertUnwindSafe(|| self.preparer.prepare(request, continuation)))
+                .unwrap_or_else(|_| {
+                    Err(ChatError::Internal("preparing a prompt panicked".to_owned()))
+                });
         let prepared = match prepared {
             Ok(prepared) => prepared,
             Err(error) => return self.refuse(ticket, error),
         };
-        if prepared.max_tokens == 0 && !prepared.scores_prompt {
+        if prepared.max_tokens == 0 && prepared.scores.is_none() {
             return self.answer_nothing(&prepared, &ticket);
         }
         match self.admit(&prepared) {

@@ -5,7 +5,7 @@ use jiff::ZonedDateTime;
 use super::Config;
 use super::admission::output_bound;
 use super::grammar::Grammars;
-use super::submission::Prepared;
+use super::submission::{Continuation, Prepared, Scores};
 use crate::chat::{
     ChatError, ChatRequest, ChatRequestParts, Input, Message, Role, Tool, ToolChoice,
 };
@@ -32,11 +32,15 @@ impl Preparer {
     ///
     /// # Errors
     /// What is wrong with the request, or too long.
-    pub(super) fn prepare(&self, request: ChatRequest) -> Result<Prepared, ChatError> {
+    pub(super) fn prepare(
+        &self,
+        request: ChatRequest,
+        continuation: Option<Continuation>,
+    ) -> Result<Prepared, ChatError> {
         let parts = request.into_parts();
         let context =
             parts.context_tokens.map_or(self.context_tokens, |own| own.min(self.context_tokens));
-        let (prompt, tools) = match &parts.input {
+        let (mut prompt, tools) = match &parts.input {
             Input::Messages(messages) => {
                 let tools = match parts.tool_choice {
                     ToolChoice::None => &[][..],
@@ -52,8 +56,16 @@ impl Preparer {
         };
         self.check_tokens("prompt", prompt.iter().copied())?;
         self.check_tokens("logit_bias", parts.sampling.logit_bias.iter().map(|(t, _)| *t))?;
+        let (scores, asked) = match continuation {
+            Some(continuation) => (Some(append(&mut prompt, continuation)), Some(0)),
+            None => {
+                let echoes = parts.echo && parts.logprobs.is_some();
+                let whole = || Scores { from: 0, tail: None, beside: Vec::new() };
+                (echoes.then(whole), parts.max_tokens)
+            }
+        };
         let max_tokens =
-            output_bound(prompt.len(), context, parts.max_tokens, self.config.default_max_tokens)?;
+            output_bound(prompt.len(), context, asked, self.config.default_max_tokens)?;
         let grammar = match max_tokens {
             0 => None,
             _ => self.grammars.of(&parts, &tools, self.tokenizer())?,
@@ -70,7 +82,7 @@ impl Preparer {
             stops: parts.stop,
             tools,
             logprobs: parts.logprobs.map(usize::from),
-            scores_prompt: parts.echo && parts.logprobs.is_some(),
+            scores,
         })
     }
 
@@ -165,6 +177,15 @@ impl Preparer {
         }
         Ok(best)
     }
+}
+
+/// Lets `continuation` follow the prompt; its last token is only asked about, so the model need not read it.
+fn append(prompt: &mut Vec<TokenId>, continuation: Continuation) -> Scores {
+    let Continuation { mut tokens, beside } = continuation;
+    let from = prompt.len() - 1;
+    let tail = tokens.pop();
+    prompt.append(&mut tokens);
+    Scores { from, tail, beside }
 }
 
 /// Where the turns begin that may be dropped: each from a user's message to the next one's. The last of them

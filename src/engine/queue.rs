@@ -110,7 +110,7 @@ mod tests {
             priority,
             prompt: vec![TokenId(1)],
             max_tokens: 1,
-            scores_prompt: false,
+            scores_from: None,
         }
     }
 

@@ -12,7 +12,7 @@ use super::places::Place;
 use super::prefix::SlotMemory;
 use super::sampler::{Sampler, Scratch};
 use super::scheduler::Sampled;
-use super::submission::{Prepared, Ticket};
+use super::submission::{Prepared, Scores, Ticket};
 use crate::chat::{
     Alternative, ChatError, ChatEvent, Completion, FinishReason, Timings, TokenLogprob, Usage,
 };
@@ -36,7 +36,7 @@ pub(super) struct Request {
     output: Output,
     logprobs: Option<usize>,
     /// Log-probabilities of the prompt so far, if they are wanted.
-    scores: Option<Vec<TokenLogprob>>,
+    scores: Option<(Scores, Vec<TokenLogprob>)>,
     usage: Usage,
     clock: Clock,
 }
@@ -82,7 +82,7 @@ impl Request {
             grammar: prepared.grammar.take(),
             output: Output::new(&prepared.tools, &prepared.stops, &call_prefix),
             logprobs: prepared.logprobs,
-            scores: prepared.scores_prompt.then(Vec::new),
+            scores: prepared.scores.clone().map(|scores| (scores, Vec::new())),
             usage: Usage { prompt_tokens, ..Usage::default() },
             clock: Clock {
                 arrived: ticket.arrived,
@@ -112,23 +112,31 @@ impl Request {
         logits: &[f32],
         vocab_len: usize,
     ) {
-        let Some(scores) = &mut self.scores else { return };
+        let Some((wanted, entries)) = &mut self.scores else { return };
         let count = self.logprobs.unwrap_or(0);
-        if first == 0 {
-            scores.push(entry(tokenizer, prompt[0], None, 0));
+        if first == 0 && wanted.tail.is_none() {
+            entries.push(entry(tokenizer, prompt[0], None, 0));
         }
         for (index, row) in logits.chunks_exact(vocab_len).enumerate() {
             // The logits at a position are about the token after it.
-            if let Some(&token) = prompt.get(first + index + 1) {
-                scores.push(entry(tokenizer, token, Some(&Logprobs::new(row)), count));
+            let next = prompt.get(first + index + 1).copied();
+            if let Some(token) = next.or(wanted.tail) {
+                let logprobs = Logprobs::new(row);
+                let mut scored = entry(tokenizer, token, Some(&logprobs), count);
+                for token in std::mem::take(&mut wanted.beside) {
+                    let bytes = tokenizer.token_bytes(token).to_vec();
+                    let logprob = logprobs.of(token);
+                    scored.top.push(Alternative { token, bytes, logprob });
+                }
+                entries.push(scored);
             }
         }
     }
 
     /// The prompt has been read: its log-probabilities go out, if they are wanted.
     pub(super) fn finish_prompt(&mut self) {
-        if let Some(scores) = self.scores.as_mut().map(std::mem::take) {
-            self.outlet.push(Ok(ChatEvent::Prompt(scores)));
+        if let Some((_, entries)) = &mut self.scores {
+            self.outlet.push(Ok(ChatEvent::Prompt(std::mem::take(entries))));
         }
     }
 

@@ -54,8 +54,8 @@ pub(super) struct Sequence {
     pub(super) prompt: Vec<TokenId>,
     /// Ends with the token that reaches this number; 0 only reads the prompt.
     pub(super) max_tokens: u32,
-    /// Logits of all prompt tokens are wanted.
-    pub(super) scores_prompt: bool,
+    /// Logits of all prompt tokens from this position on are wanted.
+    pub(super) scores_from: Option<usize>,
 }
 
 /// What one step runs.
@@ -80,7 +80,7 @@ pub(super) struct PlannedRow {
     pub(super) prefill: bool,
     /// Whether a token is sampled from the logits of the row's last token.
     pub(super) samples: bool,
-    /// Whether the logits of every token are there.
+    /// Whether logits for scoring the prompt are there: of every token, or of the last one alone.
     pub(super) scores: bool,
 }
 
@@ -132,7 +132,7 @@ struct Running {
     /// How many of `tokens` the slot holds.
     held: usize,
     max_tokens: u32,
-    scores_prompt: bool,
+    scores_from: Option<usize>,
     paused: bool,
 }
 
@@ -143,6 +143,22 @@ impl Running {
 
     fn prefill_left(&self) -> usize {
         self.prompt_len.saturating_sub(self.held)
+    }
+
+    /// Of the next `wanted` prompt tokens, how many one row may hold, and how many of them give logits to score
+    /// by. A row has logits of all of its tokens or of its last one.
+    fn scored_row(&self, wanted: usize, score_budget: usize) -> (usize, usize) {
+        match self.scores_from {
+            None => (wanted, 0),
+            Some(from) if self.held >= from => {
+                let len = wanted.min(score_budget);
+                (len, len)
+            }
+            Some(from) if from + 1 == self.prompt_len => {
+                (wanted, usize::from(wanted == self.prefill_left()))
+            }
+            Some(from) => (wanted.min(from - self.held), 0),
+        }
     }
 
     fn retire(self) -> Retired {
@@ -228,7 +244,7 @@ impl Scheduler {
             prompt_len,
             held,
             max_tokens: sequence.max_tokens,
-            scores_prompt: sequence.scores_prompt,
+            scores_from: sequence.scores_from,
             paused: false,
         };
         self.turns += 1;
@@ -265,7 +281,7 @@ impl Scheduler {
         let mut plan = Plan { batch: Batch::default(), rows: Vec::new() };
         let ready = || self.running.values().filter(|running| !running.paused);
         for running in ready().filter(|running| running.prefill_left() == 0) {
-            push_row(&mut plan, running, 1);
+            push_row(&mut plan, running, 1, 0);
         }
         let mut prefills: Vec<&Running> =
             ready().filter(|running| running.prefill_left() > 0).collect();
@@ -273,14 +289,12 @@ impl Scheduler {
         let mut budget = self.prefill_budget();
         let mut score_budget = self.limits.score_tokens_max;
         for running in prefills {
-            let mut len = running.prefill_left().min(budget);
-            if running.scores_prompt {
-                len = len.min(score_budget);
-                score_budget -= len;
-            }
-            budget -= len;
-            if len > 0 {
-                push_row(&mut plan, running, len);
+            let wanted = running.prefill_left().min(budget);
+            let (len, scored) = running.scored_row(wanted, score_budget);
+            if len > 0 && scored <= score_budget {
+                score_budget -= scored;
+                budget -= len;
+                push_row(&mut plan, running, len, scored);
             }
         }
         (!plan.rows.is_empty()).then_some(plan)
@@ -369,14 +383,14 @@ pub(super) struct Remaining {
     pub(super) decode: usize,
 }
 
-fn push_row(plan: &mut Plan, running: &Running, len: usize) {
+fn push_row(plan: &mut Plan, running: &Running, len: usize, scored: usize) {
     let prefill = running.prefill_left() > 0;
     let samples = running.held + len >= running.prompt_len && running.max_tokens > 0;
-    let scores = prefill && running.scores_prompt;
-    let wants_logits = match (scores, samples) {
-        (true, _) => LogitsWanted::All,
-        (false, true) => LogitsWanted::Last,
-        (false, false) => LogitsWanted::None,
+    let scores = scored > 0;
+    let wants_logits = match (scored, samples) {
+        (1.., _) if scored == len => LogitsWanted::All,
+        (1.., _) | (0, true) => LogitsWanted::Last,
+        (0, false) => LogitsWanted::None,
     };
     let tokens = running.tokens[running.held..running.held + len].to_vec();
     plan.batch.rows.push(BatchRow { slot: running.slot, tokens, wants_logits });

@@ -13,7 +13,29 @@ use crate::units::TokenId;
 #[derive(Debug)]
 pub(super) struct Job {
     pub(super) request: ChatRequest,
+    /// For scoring: what is to follow the prompt.
+    pub(super) continuation: Option<Continuation>,
     pub(super) ticket: Ticket,
+}
+
+/// Tokens after a prompt whose log-probabilities are wanted.
+#[derive(Clone, Debug)]
+pub(super) struct Continuation {
+    /// Never empty.
+    pub(super) tokens: Vec<TokenId>,
+    /// What else could stand in the first one's place.
+    pub(super) beside: Vec<TokenId>,
+}
+
+/// Which log-probabilities of a prompt are wanted.
+#[derive(Clone, Debug, PartialEq)]
+pub(super) struct Scores {
+    /// The first position whose logits are needed: they are about the token after it.
+    pub(super) from: usize,
+    /// The token after the prompt's last one.
+    pub(super) tail: Option<TokenId>,
+    /// Tokens to list beside the first scored one.
+    pub(super) beside: Vec<TokenId>,
 }
 
 /// Who waits for the answer, and since when.
@@ -41,7 +63,7 @@ pub(super) struct Prepared {
     /// Alternatives per token, if log-probabilities are wanted.
     pub(super) logprobs: Option<usize>,
     /// Log-probabilities of the prompt too; the end token then counts as output.
-    pub(super) scores_prompt: bool,
+    pub(super) scores: Option<Scores>,
     /// The form the answer must have, if it must have one.
     pub(super) grammar: Option<Grammar>,
 }

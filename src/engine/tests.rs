@@ -10,7 +10,8 @@ use super::testing::{END, ScriptedModel, Stage, babbles, byte_tokenizer, says};
 use super::{Config, EngineParts, Local, start};
 use crate::chat::{
     Backend, ChatError, ChatEvent, ChatRequest, ChatRequestParts, ChatStream, FinishReason, Input,
-    Message, ModelCard, ModelName, Origin, OutputFormat, Reply, Role, Tool, ToolChoice,
+    Message, ModelCard, ModelName, Origin, OutputFormat, Reply, Role, ScoreReply, ScoreRequest,
+    Tool, ToolChoice,
 };
 use crate::memory::{Conditions, Ledger, Purpose};
 use crate::metrics::Metrics;
@@ -649,4 +650,69 @@ fn a_forced_form_is_kept_whatever_the_model_wants() {
         assert_eq!((reply.text.as_str(), reply.tool_calls[0].name.as_str()), ("", "set"));
         assert!(reply.tool_calls[0].arguments.contains_key("room"));
     }
+}
+
+fn scored(bench: &Bench, text: &str, candidates: &[&str]) -> Result<ScoreReply, ChatError> {
+    let request = ScoreRequest {
+        id: crate::chat::RequestId::random(),
+        origin: Origin::Fusion { depth: 1 },
+        client: "judge".into(),
+        model: ModelName::new(""),
+        digest: Some("0".repeat(64)),
+        messages: vec![Message::text(Role::User, text)],
+        candidates: candidates.iter().map(|text| (*text).to_owned()).collect(),
+        deadline: Instant::now() + LONG,
+        priority: crate::chat::Priority::Normal,
+    };
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+    runtime.expect("a runtime").block_on(bench.local.score(request))
+}
+
+#[test]
+fn continuations_are_scored_by_what_the_model_finds_likely() {
+    let bench = Bench::new(small(), babbles);
+    let reply = scored(&bench, "is it on?", &["y", "no", "nay"]).expect("it is scored");
+    assert_eq!((reply.tokens.as_slice(), reply.prompt_tokens), (&[1, 2, 3][..], 10));
+    let prompt: Vec<TokenId> =
+        b"is it on?".iter().map(|b| TokenId(u32::from(*b))).chain([TokenId(257)]).collect();
+    for (candidate, logprob) in ["y", "no", "nay"].iter().zip(&reply.logprobs) {
+        let mut history = prompt.clone();
+        let mut expected = 0.0;
+        for byte in candidate.bytes() {
+            let mut logits = vec![0.0; super::testing::VOCAB_LEN];
+            babbles(&history, &mut logits);
+            let token = TokenId(u32::from(byte));
+            expected += f64::from(super::logprobs::Logprobs::new(&logits).of(token));
+            history.push(token);
+        }
+        assert!((logprob - expected).abs() < 1e-5, "{candidate}: {logprob} {expected}");
+    }
+}
+
+#[test]
+fn scoring_reads_only_what_is_new() {
+    let bench = Bench::new(small(), babbles);
+    let text = "a long answer that two phrasings share";
+    scored(&bench, &format!("{text} one"), &["y", "n"]).expect("it is scored");
+    let forwards = bench.stage.seen().forwards;
+    let tokens = bench.stage.seen().tokens;
+    let reply = scored(&bench, &format!("{text} two"), &["y", "n"]).expect("it is scored");
+    assert_eq!(bench.stage.seen().forwards - forwards, 1, "candidates of one token need one pass");
+    assert!(reply.cached_tokens as usize > text.len(), "{reply:?}");
+    assert_eq!(bench.stage.seen().tokens - tokens, "two".len() + 1);
+    assert_eq!(bench.local.in_hand(), 0);
+}
+
+#[test]
+fn what_cannot_be_scored_is_refused() {
+    let bench = Bench::new(small(), babbles);
+    for (candidates, names) in [
+        (&[][..], "candidates must be 1 to 16 texts"),
+        (&["y", ""][..], "a candidate must have 1 to 256 bytes"),
+    ] {
+        let error = scored(&bench, "x", candidates).expect_err("refused").to_string();
+        assert_eq!(error, names);
+    }
+    let long = scored(&bench, &"x".repeat(300), &["y"]).expect_err("too long");
+    assert!(matches!(long, ChatError::ContextTooLong { .. }), "{long}");
 }

@@ -245,7 +245,7 @@ impl Engine {
             priority: prepared.priority,
             prompt: prepared.prompt,
             max_tokens: prepared.max_tokens,
-            scores_prompt: prepared.scores_prompt,
+            scores_from: prepared.scores.as_ref().map(|scores| scores.from),
         };
         match self.scheduler.submit(sequence) {
             Ok(ahead) => {

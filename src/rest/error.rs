@@ -243,6 +243,7 @@ impl From<ChatError> for Problem {
 fn status(error: &ChatError) -> StatusCode {
     match error {
         ChatError::Invalid { .. } | ChatError::ContextTooLong { .. } => StatusCode::BAD_REQUEST,
+        ChatError::DigestDiffers => StatusCode::CONFLICT,
         ChatError::UnknownModel(_) => StatusCode::NOT_FOUND,
         ChatError::NotSupported(_) => StatusCode::NOT_IMPLEMENTED,
         ChatError::QueueFull { .. } => StatusCode::TOO_MANY_REQUESTS,

@@ -21,7 +21,7 @@ fn sequence(id: u64, prompt_len: usize, max_tokens: u32) -> Sequence {
         priority: Priority::Normal,
         prompt: (0..prompt_len as u32).map(TokenId).collect(),
         max_tokens,
-        scores_prompt: false,
+        scores_from: None,
     }
 }
 
@@ -84,7 +84,7 @@ fn it_ends_with_the_token_that_reaches_the_limit() {
 #[test]
 fn max_tokens_zero_ends_with_the_prompt() {
     let mut scheduler = Scheduler::new(LIMITS);
-    let scored = Sequence { scores_prompt: true, ..sequence(1, 3, 0) };
+    let scored = Sequence { scores_from: Some(0), ..sequence(1, 3, 0) };
     scheduler.submit(scored).expect("the line is empty");
     start_all(&mut scheduler);
     let plan = scheduler.plan().expect("it runs");
@@ -220,7 +220,16 @@ impl World {
         };
         let total: usize = plan.batch.rows.iter().map(|row| row.tokens.len()).sum();
         prop_assert!(total <= LIMITS.prefill_tokens_max + LIMITS.running_max);
-        let scored: usize = plan.rows.iter().filter(|row| row.scores).map(|row| row.len).sum();
+        let scored: usize = plan
+            .rows
+            .iter()
+            .zip(&plan.batch.rows)
+            .filter(|(row, _)| row.scores)
+            .map(|(row, batch)| match batch.wants_logits {
+                LogitsWanted::All => row.len,
+                _ => 1,
+            })
+            .sum();
         prop_assert!(scored <= LIMITS.score_tokens_max);
         let slots: BTreeSet<SlotId> = plan.batch.rows.iter().map(|row| row.slot).collect();
         prop_assert_eq!(slots.len(), plan.rows.len(), "a slot occurs once");
@@ -273,7 +282,7 @@ proptest! {
                         client: format!("client {client}").into(),
                         priority: [Priority::Low, Priority::Normal, Priority::High]
                             [usize::from(priority)],
-                        scores_prompt: scores,
+                        scores_from: scores.then_some(prompt / 2),
                         ..sequence(id, prompt, max_tokens)
                     };
                     let mirror = Mirror {

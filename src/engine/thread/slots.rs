@@ -15,11 +15,7 @@ impl Engine {
     pub(super) fn start_waiting(&mut self) {
         while let Some(sequence) = self.scheduler.startable() {
             let id = sequence.id;
-            let reusable = match sequence.scores_prompt {
-                // Positions that are already there have no logits to score by.
-                true => None,
-                false => self.best_shared(&sequence.prompt),
-            };
+            let reusable = self.best_shared(&sequence.prompt, sequence.scores_from);
             let Some(mut request) = self.requests.remove(&id) else {
                 // Every waiting sequence has its request; were one lost, its slot must not be.
                 self.scheduler.cancel_waiting(id);
@@ -37,12 +33,16 @@ impl Engine {
 
     /// The slot that holds most of a prompt, and how much, if that is of use.
     pub(super) fn best_prefix(&self, prepared: &Prepared) -> Option<(SlotId, usize)> {
-        if prepared.scores_prompt { None } else { self.best_shared(&prepared.prompt) }
+        self.best_shared(&prepared.prompt, prepared.scores.as_ref().map(|scores| scores.from))
     }
 
-    fn best_shared(&self, prompt: &[TokenId]) -> Option<(SlotId, usize)> {
-        // The last prompt token is always computed: its logits are needed.
-        let useful = &prompt[..prompt.len() - 1];
+    fn best_shared(
+        &self,
+        prompt: &[TokenId],
+        scores_from: Option<usize>,
+    ) -> Option<(SlotId, usize)> {
+        // Positions that are already there have no logits, and those of the last prompt token are needed.
+        let useful = &prompt[..scores_from.unwrap_or(prompt.len() - 1)];
         let running = self
             .scheduler
             .slots()

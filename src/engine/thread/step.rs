@@ -72,7 +72,7 @@ impl Engine {
             if row.scores
                 && let Some((tokens, _)) = self.scheduler.tokens(row.id)
             {
-                request.score(tokenizer, tokens, row.first, own, vocab_len);
+                request.score(tokenizer, tokens, row.first + row.len - count, own, vocab_len);
             }
             let ends_prompt =
                 row.prefill && self.scheduler.prompt_len(row.id) == Some(row.first + row.len);

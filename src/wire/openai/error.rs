@@ -43,6 +43,7 @@ impl From<&ChatError> for ErrorBody {
     fn from(error: &ChatError) -> ErrorBody {
         let (kind, code) = match error {
             ChatError::Invalid { .. } => ("invalid_request_error", None),
+            ChatError::DigestDiffers => ("conflict_error", Some("digest_differs")),
             ChatError::UnknownModel(_) => ("not_found_error", Some("model_not_found")),
             ChatError::ContextTooLong { .. } => {
                 ("exceed_context_size_error", Some("context_length_exceeded"))
