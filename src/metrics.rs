@@ -100,6 +100,16 @@ pub struct Metrics {
     pub expert_slots: Gauge,
     /// Bytes that expert slots and read buffers take.
     pub expert_slot_bytes: Gauge,
+    /// Answers of the pool by how they were made and whether they are less than was asked for.
+    pub fusion_requests: IntCounterVec,
+    /// Time to an answer of the pool ÷ time of the slowest answer in it.
+    pub fusion_overhead_ratio: Histogram,
+    /// Members' failures by member and reason.
+    pub fusion_member_faults: IntCounterVec,
+    /// Tokens read and written for the pool: of the member whose words were used, and of the others.
+    pub fusion_tokens: IntCounterVec,
+    /// Answers of the pool that did not wait for all members because nothing could change them.
+    pub fusion_early_stops: IntCounter,
     /// 1 while the broker is connected.
     pub mqtt_connected: IntGauge,
     /// 1, labelled with version and instruction set.
@@ -283,6 +293,30 @@ impl Metrics {
             expert_slots: make.gauge("expert_slots", "Expert slots that may exist."),
             expert_slot_bytes: make
                 .gauge("expert_slot_bytes", "Bytes that expert slots and read buffers take."),
+            fusion_requests: make.counters(
+                "fusion_requests_total",
+                "Answers of the pool by how they were made.",
+                &["mode", "degraded"],
+            ),
+            fusion_overhead_ratio: make.histogram(
+                "fusion_overhead_ratio",
+                "Time to an answer of the pool as a share of its slowest used answer's.",
+                &[0.5, 0.75, 0.9, 1.0, 1.03, 1.1, 1.2, 1.3, 1.5, 2.0, 3.0, 5.0],
+            ),
+            fusion_member_faults: make.counters(
+                "fusion_member_faults_total",
+                "Failures of members of the pool.",
+                &["member", "reason"],
+            ),
+            fusion_tokens: make.counters(
+                "fusion_tokens_total",
+                "Tokens read and written for answers of the pool.",
+                &["use"],
+            ),
+            fusion_early_stops: make.counter(
+                "fusion_early_stops_total",
+                "Answers of the pool that were decided before all members had answered.",
+            ),
             mqtt_connected: make.int_gauge("mqtt_connected", "1 while the broker is connected."),
             build_info: make.gauges(
                 "build_info",
