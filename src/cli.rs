@@ -12,6 +12,7 @@ mod options;
 mod plan;
 mod pull;
 mod rm;
+mod pool;
 mod serve;
 mod terminal;
 mod verify;
@@ -65,6 +66,8 @@ enum Command {
     List(list::Args),
     /// Delete a model of the store
     Rm(rm::Args),
+    /// Show and change the pool of a running daemon
+    Pool(pool::Args),
     /// Tell whether a model will fit, how fast it would be, and what would fit instead
     Plan(plan::Args),
     /// Compare a quantized file with what it was made from: the quality gate
@@ -105,6 +108,7 @@ pub fn main() -> ExitCode {
         Command::Plan(args) => plan::run(args),
         Command::Verify(args) => verify::run(args),
         Command::Doctor(args) => doctor::run(args),
+        Command::Pool(args) => pool::run(args),
     };
     result.unwrap_or_else(|error| {
         eprintln!("scoutd: {error:#}");

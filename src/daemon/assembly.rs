@@ -128,6 +128,12 @@ impl Assembly {
         Ok(Assembly { router, local, ledger, metrics, conditions, fit, summary, _permits, _watch })
     }
 
+    /// Lets the router find another backend, after the local model.
+    pub fn join(&mut self, backend: Arc<dyn Backend>) {
+        let local = Arc::clone(&self.local) as Arc<dyn Backend>;
+        self.router = Router::new(vec![local, backend]);
+    }
+
     /// One line: what runs, and how.
     pub fn summary(&self) -> &str {
         &self.summary

@@ -30,7 +30,7 @@ use crate::rest::{self, BoundServer, Keys, PoolDoor, Readiness, RestParts, StopH
 pub fn serve(config: Config, announce: impl FnOnce(&[String])) -> Result<(), StartError> {
     let start = Instant::now();
     super::log::install(&config.log.level).map_err(StartError::Config)?;
-    let assembly = Assembly::open(&config)?;
+    let mut assembly = Assembly::open(&config)?;
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
         .thread_name("doors")
@@ -39,7 +39,7 @@ pub fn serve(config: Config, announce: impl FnOnce(&[String])) -> Result<(), Sta
         .map_err(|error| StartError::System(format!("no async runtime: {error}")))?;
     runtime.block_on(async {
         let mut signals = Signals::new()?;
-        let doors = Doors::open(&config, &assembly).await?;
+        let doors = Doors::open(&config, &mut assembly).await?;
         info!(target: "daemon", version = env!("CARGO_PKG_VERSION"), ready_ms = start.elapsed().as_millis() as u64; "ready: {}", assembly.summary());
         info!(target: "daemon", verdict = assembly.fit.verdict(), context_tokens = assembly.fit.context_tokens; "plan: {}; {}", assembly.fit.summary(), assembly.fit.details().join("; "));
         for holder in assembly.ledger.table() {
@@ -73,11 +73,20 @@ struct Doors {
 
 impl Doors {
     /// Opens HTTP first: a busy port is the likeliest fault and the cheapest to find.
-    async fn open(config: &Config, assembly: &Assembly) -> Result<Doors, StartError> {
+    async fn open(config: &Config, assembly: &mut Assembly) -> Result<Doors, StartError> {
         let readiness = Arc::new(Readiness::new());
         let runtime = Handle::current();
         let pool = pool::open(config, assembly, &runtime)?;
-        let bound = open_http(config, assembly, &readiness, &pool)?;
+        let fusion = pool::fusion(config, assembly, &pool, &runtime);
+        assembly.join(Arc::clone(&fusion) as Arc<dyn Backend>);
+        let door = PoolDoor {
+            pool: Arc::clone(&pool),
+            local: Arc::clone(&assembly.local) as Arc<dyn Backend>,
+            node: pool::node(config),
+            fusion: Some(fusion),
+            calibration_file: pool::calibration_file(config),
+        };
+        let bound = open_http(config, assembly, &readiness, door)?;
         let addresses = bound.addresses().to_vec();
         let http = (!addresses.is_empty()).then(|| {
             let handle = bound.handle();
@@ -146,7 +155,7 @@ fn open_http(
     config: &Config,
     assembly: &Assembly,
     readiness: &Arc<Readiness>,
-    pool: &Arc<Pool>,
+    pool: PoolDoor,
 ) -> Result<BoundServer, StartError> {
     let keys = match &config.rest.keys_file {
         None => Keys::default(),
@@ -165,11 +174,7 @@ fn open_http(
         keys,
         default_deadline: Duration::from_secs(config.daemon.deadline_s),
         slots: config.engine.slots,
-        pool: Some(PoolDoor {
-            pool: Arc::clone(pool),
-            local: Arc::clone(&assembly.local) as Arc<dyn Backend>,
-            node: pool::node(config),
-        }),
+        pool: Some(pool),
     };
     rest::bind(&config.rest, parts).map_err(|source| StartError::Door {
         door: "http",

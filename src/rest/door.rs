@@ -113,8 +113,10 @@ async fn answer(
         Endpoint::OllamaTags => Ok(ollama::tags(shared)),
         Endpoint::OllamaPs => Ok(ollama::ps(shared)),
         Endpoint::OllamaShow => ollama::show(shared, &read().await?.bytes),
-        Endpoint::PoolMember(_)
+        Endpoint::PoolCalibrate
+        | Endpoint::PoolMember(_)
         | Endpoint::PoolMembers
+        | Endpoint::PoolReceipt(_)
         | Endpoint::PoolScore
         | Endpoint::PoolSelf
         | Endpoint::PoolState => {

@@ -85,6 +85,11 @@ impl Problem {
         Problem::new(StatusCode::CONFLICT, "invalid_request_error", message)
     }
 
+    pub(super) fn no_such_receipt() -> Problem {
+        let message = "there is no receipt of this id; only the last ones are kept";
+        Problem::new(StatusCode::NOT_FOUND, "not_found_error", message)
+    }
+
     pub(super) fn no_such_member() -> Problem {
         Problem::new(StatusCode::NOT_FOUND, "not_found_error", "there is no such member")
     }

@@ -1,6 +1,8 @@
 //! `/fusion/v1/*`: what nodes of a pool ask each other, and what their owner asks.
 
+use std::fs;
 use std::net::IpAddr;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -15,12 +17,16 @@ use super::error::Problem;
 use super::keys::{Scope, plain_ip};
 use super::openai::parse;
 use super::routes::{Endpoint, Route};
-use crate::chat::{Backend, ChatError, ModelName, Priority, ScoreRequest};
+use crate::chat::{
+    AnswerForm, Backend, ChatError, ModelName, OutputFormat, Priority, ScoreRequest,
+};
+use crate::fusion::{Calibration, Form, Fusion, Item, arithmetic};
 use crate::peer::{
     AUTH_HEADER, BOOT_HEADER, Kind, MemberConfig, PROOF_HEADER, Pool, Signed, Strength,
 };
 use crate::wire::upstream::{
-    MemberBody, NodeModel, NodeReport, PeerReport, ScoreBody, node_report, pool_report, score_reply,
+    CalibrationBody, CalibrationLine, MemberBody, NodeModel, NodeReport, PeerReport, ScoreBody,
+    calibration_report, node_report, pool_report, score_reply,
 };
 use crate::wire::{Caller, check_model_name};
 
@@ -33,6 +39,10 @@ pub struct PoolDoor {
     pub local: Arc<dyn Backend>,
     /// This machine's name.
     pub node: String,
+    /// What answers as `fusion`.
+    pub fusion: Option<Arc<Fusion>>,
+    /// Where it is kept how often each model was right.
+    pub calibration_file: Option<PathBuf>,
 }
 
 /// The connection's own address.
@@ -104,6 +114,11 @@ pub(super) async fn answer(
         return Err(Problem::not_implemented("this daemon has no pool"));
     };
     match endpoint {
+        Endpoint::PoolCalibrate => calibrate(door, body).await,
+        Endpoint::PoolReceipt(id) => {
+            let receipt = door.fusion.as_ref().and_then(|fusion| fusion.receipt(id));
+            receipt.map(|text| json(text.into_bytes())).ok_or_else(Problem::no_such_receipt)
+        }
         Endpoint::PoolSelf => Ok(myself(request, shared, door)),
         Endpoint::PoolScore => score(door, caller, body).await,
         Endpoint::PoolMember(name) => {
@@ -172,6 +187,60 @@ fn myself(request: &HttpRequest, shared: &Shared, door: &PoolDoor) -> HttpRespon
         response.headers_mut().insert(header_name(PROOF_HEADER), value);
     }
     response
+}
+
+/// Asks all members questions of known truth, one after the other, and keeps what was learnt after each: a client
+/// that goes away leaves what is known by then.
+async fn calibrate(door: &PoolDoor, body: Body) -> Result<HttpResponse, Problem> {
+    let Some(fusion) = &door.fusion else {
+        return Err(Problem::not_implemented("this daemon has no pool"));
+    };
+    let asked = parse(body, CalibrationBody::parse).await?;
+    let form = match asked.form.as_str() {
+        "json" => AnswerForm::Json,
+        "number" => AnswerForm::Number,
+        "text" => AnswerForm::Text,
+        _ => {
+            let message = "form must be \"text\", \"number\" or \"json\"";
+            return Err(ChatError::invalid("form", message).into());
+        }
+    };
+    let form = Form::new(&form, &OutputFormat::Text)?;
+    let items: Vec<Item> = match asked.list.is_empty() {
+        true => arithmetic(rand::random(), asked.items as usize),
+        false => {
+            let item = |(question, truth)| Item { question, truth };
+            asked.list.into_iter().map(item).collect()
+        }
+    };
+    for item in &items {
+        fusion.calibrate(item, &form, asked.patience).await?;
+        keep(door, &fusion.calibration());
+    }
+    let calibration = fusion.calibration();
+    let lines: Vec<CalibrationLine> = calibration
+        .models
+        .iter()
+        .flat_map(|(model, kinds)| {
+            kinds.iter().map(|(form, score)| CalibrationLine {
+                model: model.clone(),
+                form: form.clone(),
+                right: score.right,
+                asked: score.asked,
+            })
+        })
+        .collect();
+    Ok(json(calibration_report(&lines)))
+}
+
+fn keep(door: &PoolDoor, calibration: &Calibration) {
+    let Some(path) = &door.calibration_file else { return };
+    let text = serde_json::to_vec(calibration).expect("names and counts serialize");
+    let part = path.with_extension("part");
+    let written = fs::write(&part, text).and_then(|()| fs::rename(&part, path));
+    if let Err(error) = written {
+        log::warn!(target: "rest", path:% = path.display(), error:%; "the calibration is lost at the next start");
+    }
 }
 
 async fn score(door: &PoolDoor, caller: Caller, body: Body) -> Result<HttpResponse, Problem> {

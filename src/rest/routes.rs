@@ -21,8 +21,10 @@ pub(super) enum Endpoint {
     OllamaShow,
     OllamaTags,
     OllamaVersion,
+    PoolCalibrate,
     PoolMember(String),
     PoolMembers,
+    PoolReceipt(String),
     PoolScore,
     PoolSelf,
     PoolState,
@@ -73,6 +75,9 @@ pub(super) fn find(path: &str) -> Option<Route> {
     if let Some(name) = path.strip_prefix("/fusion/v1/members/") {
         return route(Endpoint::PoolMember(decode(name)?), "DELETE", Scope::Admin);
     }
+    if let Some(id) = path.strip_prefix("/fusion/v1/receipts/") {
+        return route(Endpoint::PoolReceipt(decode(id)?), READ, Scope::Inference);
+    }
     if path.starts_with("/api/blobs/") {
         return admin("this server does not store blobs", "HEAD, POST");
     }
@@ -86,6 +91,7 @@ pub(super) fn find(path: &str) -> Option<Route> {
         "/fusion/v1/self" => route(Endpoint::PoolSelf, READ, Scope::Pool),
         "/fusion/v1/score" => route(Endpoint::PoolScore, ACT, Scope::Pool),
         "/fusion/v1/pool" => route(Endpoint::PoolState, READ, Scope::Inference),
+        "/fusion/v1/calibrate" => route(Endpoint::PoolCalibrate, ACT, Scope::Admin),
         "/fusion/v1/members" => route(Endpoint::PoolMembers, "GET, HEAD, POST", Scope::Inference),
         "/v1/models" | "/models" => route(Endpoint::Models, READ, Scope::Inference),
         "/v1/chat/completions" | "/chat/completions" => {

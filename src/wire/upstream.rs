@@ -4,6 +4,7 @@
 
 mod answer;
 mod node;
+mod owner;
 mod request;
 
 pub use answer::{
@@ -11,7 +12,11 @@ pub use answer::{
     read_top_logprobs,
 };
 pub use node::{
-    CandidateReport, MemberBody, NodeModel, NodeReport, PeerReport, PoolReport, ScoreBody,
-    node_report, pool_report, read_node_report, read_score_reply, score_body, score_reply,
+    NodeModel, NodeReport, ScoreBody, node_report, read_node_report, read_score_reply, score_body,
+    score_reply,
+};
+pub use owner::{
+    CalibrationBody, CalibrationLine, CandidateReport, MemberBody, PeerReport, PoolReport,
+    calibration_report, pool_report, read_calibration_report, read_error, read_pool_report,
 };
 pub use request::{Dialect, chat_body, label_body};

@@ -1,4 +1,4 @@
-//! What scoutd nodes of one pool tell each other, and what the pool's endpoints say to its owner.
+//! What scoutd nodes of one pool tell each other.
 
 use std::time::Duration;
 
@@ -306,140 +306,6 @@ pub fn read_score_reply(body: &[u8], candidates: usize) -> Option<ScoreReply> {
     })
 }
 
-/// A member that the owner adds: the body of `POST /fusion/v1/members`.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct MemberBody {
-    /// Its name.
-    pub name: String,
-    /// What it speaks.
-    pub kind: String,
-    /// Where it is.
-    pub url: String,
-    /// The model to ask.
-    pub model: Option<String>,
-    /// Requests at once.
-    pub max_in_flight: Option<u16>,
-    /// Its strength in the owner's opinion.
-    pub tier: Option<String>,
-}
-
-impl MemberBody {
-    /// Reads a body. Unknown keys are refused, and keys cannot be set over HTTP: whoever could name a file could
-    /// have it sent anywhere.
-    ///
-    /// # Errors
-    /// `Invalid`, naming the field.
-    pub fn parse(body: &[u8]) -> Result<MemberBody, ChatError> {
-        #[derive(Deserialize)]
-        #[serde(deny_unknown_fields)]
-        struct Body {
-            name: Option<String>,
-            kind: Option<String>,
-            url: Option<String>,
-            model: Option<String>,
-            max_in_flight: Option<Int>,
-            tier: Option<String>,
-        }
-        let Object(body) = parse::<Object<Body>>(body)?;
-        let needed = |field: &str, value: Option<String>| {
-            value.ok_or_else(|| ChatError::invalid(field, format!("{field} is missing")))
-        };
-        Ok(MemberBody {
-            name: needed("name", body.name)?,
-            kind: needed("kind", body.kind)?,
-            url: needed("url", body.url)?,
-            model: body.model,
-            max_in_flight: super::super::lenient::ranged("max_in_flight", body.max_in_flight)?,
-            tier: body.tier,
-        })
-    }
-
-    /// The body that says this.
-    pub fn write(&self) -> Vec<u8> {
-        let mut body = serde_json::json!({ "name": self.name, "kind": self.kind, "url": self.url });
-        if let Some(model) = &self.model {
-            body["model"] = model.as_str().into();
-        }
-        if let Some(max) = self.max_in_flight {
-            body["max_in_flight"] = max.into();
-        }
-        if let Some(tier) = &self.tier {
-            body["tier"] = tier.as_str().into();
-        }
-        write(&body)
-    }
-}
-
-/// The pool as its owner sees it.
-#[derive(Clone, Debug, Default, PartialEq, Serialize)]
-pub struct PoolReport {
-    /// The pool's name.
-    pub pool: String,
-    /// Whether a pool key is set: without one no other scoutd is trusted, and none trusts us.
-    pub key: bool,
-    /// The key's fingerprint, to compare nodes.
-    pub key_fingerprint: Option<String>,
-    /// Whether members outside the LAN may be used at all.
-    pub allow_wan: bool,
-    /// Everybody who may be asked, the local model first.
-    pub members: Vec<PeerReport>,
-    /// Announced, but not asked: add them to ask them.
-    pub candidates: Vec<CandidateReport>,
-}
-
-/// A member as its owner sees it.
-#[derive(Clone, Debug, Default, PartialEq, Serialize)]
-pub struct PeerReport {
-    /// `name/model`.
-    pub id: String,
-    /// `local`, `scoutd`, `ollama`, …
-    pub kind: String,
-    /// `local`, `lan`, `wan`.
-    pub scope: String,
-    /// Where it is.
-    pub url: Option<String>,
-    /// `candidate`, `healthy`, `open`, `left`.
-    pub state: String,
-    /// Why it is not healthy, or the last fault.
-    pub reason: Option<String>,
-    /// Its strength in the owner's opinion.
-    pub tier: Option<String>,
-    /// How it scores: `exact`, `top_k`, `none`.
-    pub score: String,
-    /// Requests of ours under way there.
-    pub in_flight: u32,
-    /// Requests of ours it gets at once; `None` is no bound.
-    pub max_in_flight: Option<u16>,
-    /// As measured from here.
-    pub prefill_tokens_per_s: Option<f64>,
-    /// As measured from here.
-    pub decode_tokens_per_s: Option<f64>,
-    /// Names its model file, where it tells.
-    pub digest: Option<String>,
-    /// Milliseconds since it was last heard of.
-    pub seen_ms: Option<u64>,
-}
-
-/// Somebody announced.
-#[derive(Clone, Debug, Default, PartialEq, Serialize)]
-pub struct CandidateReport {
-    /// The name it gives itself.
-    pub name: String,
-    /// Where it says it is.
-    pub url: String,
-    /// The pool it says it belongs to.
-    pub pool: String,
-    /// `mdns` or `mqtt`.
-    pub source: String,
-    /// Why it is not a member.
-    pub reason: String,
-}
-
-/// The answer of `/fusion/v1/pool` and `/fusion/v1/members`.
-pub fn pool_report(report: &PoolReport) -> Vec<u8> {
-    write(report)
-}
-
 #[cfg(test)]
 mod tests {
     use std::time::Instant;
@@ -504,30 +370,6 @@ mod tests {
         for (body, names) in [("{}", "messages"), ("{\"messages\":[],\"candidates\":[]}", "digest")]
         {
             let error = ScoreBody::parse(body.as_bytes()).expect_err(body).to_string();
-            assert!(error.contains(names), "{error}");
-        }
-    }
-
-    #[test]
-    fn members_to_add() {
-        let member = MemberBody {
-            name: "hub".to_owned(),
-            kind: "ollama".to_owned(),
-            url: "http://hub.lan:11434".to_owned(),
-            model: Some("llama3.2:3b".to_owned()),
-            max_in_flight: Some(2),
-            tier: None,
-        };
-        assert_eq!(MemberBody::parse(&member.write()), Ok(member));
-        for (body, names) in [
-            (r#"{"name":"a","kind":"openai"}"#, "url is missing"),
-            (
-                r#"{"name":"a","kind":"openai","url":"http://a","key_file":"/etc/shadow"}"#,
-                "key_file",
-            ),
-            (r#"{"name":"a","kind":"openai","url":"http://a","tier":300}"#, "tier"),
-        ] {
-            let error = MemberBody::parse(body.as_bytes()).expect_err(body).to_string();
             assert!(error.contains(names), "{error}");
         }
     }

@@ -73,6 +73,8 @@ impl Node {
             pool: Arc::clone(&home.pool),
             local: Arc::clone(&backend),
             node: "there".to_owned(),
+            fusion: None,
+            calibration_file: None,
         };
         let parts = RestParts {
             router: Router::new(vec![backend]),
