@@ -107,8 +107,10 @@ struct Group {
     limit: File,
     usage: File,
     stat: File,
-    /// Where it counts kills.
+    /// Where it counts kills, and in version 2 also how often it was at its limit.
     events: Option<File>,
+    /// Where version 1 counts how often it was at its limit.
+    failures: Option<File>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -190,11 +192,10 @@ impl MemoryProbe for ProcProbe {
             sample.reclaim = Reclaim::parse(text);
             kills = number(text, "oom_kill");
         }
-        for group in &self.groups {
-            if let Some(own) = group.kills(&mut self.buffer) {
-                kills = Some(own);
-                break;
-            }
+        // Ours comes first; a limit further up has its own events, but those are not all about us.
+        if let Some(events) = self.groups.first().and_then(|group| group.events(&mut self.buffer)) {
+            kills = events.kills.or(kills);
+            sample.reclaim.stalls = sample.reclaim.stalls.saturating_add(events.at_limit);
         }
         sample.kills = kills.unwrap_or(0);
         for file in &self.zram {
@@ -221,6 +222,7 @@ impl Group {
             usage: File::open(directory.join(usage)).ok()?,
             stat: File::open(directory.join("memory.stat")).ok()?,
             events: File::open(directory.join(events)).ok(),
+            failures: File::open(directory.join("memory.failcnt")).ok(),
         })
     }
 
@@ -246,10 +248,22 @@ impl Group {
 }
 
 impl Group {
-    /// Kills for memory in this cgroup and below.
-    fn kills(&self, buffer: &mut [u8]) -> Option<u64> {
-        number(read(self.events.as_ref()?, buffer).ok()?, "oom_kill")
+    /// Kills for memory in this cgroup and below, and how often it was at its limit and had to free pages.
+    fn events(&self, buffer: &mut [u8]) -> Option<Events> {
+        let text = read(self.events.as_ref()?, buffer).ok()?;
+        let kills = number(text, "oom_kill");
+        let mut at_limit = number(text, "max").unwrap_or(0) + number(text, "high").unwrap_or(0);
+        if let Some(text) = self.failures.as_ref().and_then(|file| read(file, buffer).ok()) {
+            at_limit = at_limit.saturating_add(text.trim().parse().unwrap_or(0));
+        }
+        Some(Events { kills, at_limit })
     }
+}
+
+/// What happened in a cgroup since it was made.
+struct Events {
+    kills: Option<u64>,
+    at_limit: u64,
 }
 
 impl Reclaim {
@@ -495,7 +509,8 @@ mod tests {
             .file("proc/self/mountinfo", V2_MOUNT)
             .v2("/house", "max\n", 10, 1)
             .file("sys/fs/cgroup/house/memory.events", "low 0\nhigh 3\nmax 1\noom 1\noom_kill 1\n");
-        assert_eq!(tree.sample().kills, 1);
+        let sample = tree.sample();
+        assert_eq!((sample.kills, sample.reclaim.stalls), (1, 35 + 3 + 1));
     }
 
     #[test]

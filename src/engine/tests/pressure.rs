@@ -1,5 +1,7 @@
 //! What the engine does when memory is tight, and that all of it is undone.
 
+use proptest::prelude::*;
+
 use super::{
     Bench, ChatError, ChatEvent, Config, FinishReason, LONG, Purpose, babbles, collect, prompt,
     small, wait_for_text,
@@ -121,6 +123,85 @@ fn critical_pauses_in_mid_answer_and_nothing_is_lost() {
     text.push_str(&rest.0);
     assert_eq!((text, rest.1), (undisturbed, FinishReason::Length));
     assert_eq!(bench.acts("resume"), 1);
+}
+
+/// What a random step of a day does.
+#[derive(Clone, Debug)]
+enum Op {
+    Ask { prompt: usize, tokens: u32 },
+    Read(usize),
+    Leave(usize),
+    Rung(u8),
+}
+
+fn op() -> impl Strategy<Value = Op> {
+    prop_oneof![
+        4 => (0..60_usize, 1..30_u32).prop_map(|(prompt, tokens)| Op::Ask { prompt, tokens }),
+        4 => any::<usize>().prop_map(Op::Read),
+        2 => any::<usize>().prop_map(Op::Leave),
+        1 => (0..5_u8).prop_map(Op::Rung),
+    ]
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(24))]
+
+    /// Admissions, cancels, finishes and rungs in any order: never more is promised than may be, every stream ends,
+    /// and at the end every byte is back.
+    #[test]
+    fn whatever_happens_the_ledger_holds(ops in proptest::collection::vec(op(), 1..60)) {
+        let bench = Bench::new(small(), babbles);
+        let at_rest = bench.ledger.promised();
+        // Room for two or three of the longest at ten bytes a token.
+        let budget = at_rest.saturating_add(Bytes(2000));
+        bench.ledger.set_headroom(budget);
+        let mut streams = Vec::new();
+        let set = |rung: Rung| {
+            bench.ledger.set_closed(rung >= Rung::Red);
+            bench.conditions.set(rung, false);
+        };
+        for op in ops {
+            match op {
+                Op::Ask { prompt: letters, tokens } => {
+                    let mut parts = prompt(&"abcdefgh".repeat(8)[..=letters]);
+                    parts.max_tokens = Some(tokens);
+                    streams.push(bench.chat(parts));
+                }
+                // On critical an answer may stand still, so nobody waits for one.
+                Op::Read(which) if !streams.is_empty() && bench.conditions.rung() < Rung::Critical => {
+                    let which = which % streams.len();
+                    if streams[which].blocking_next().is_none() {
+                        streams.swap_remove(which);
+                    }
+                }
+                Op::Leave(which) if !streams.is_empty() => {
+                    drop(streams.swap_remove(which % streams.len()));
+                }
+                Op::Rung(rung) => set(Rung::from_number(rung)),
+                Op::Read(_) | Op::Leave(_) => {}
+            }
+            prop_assert!(bench.ledger.promised() <= budget);
+        }
+        set(Rung::Green);
+        for mut stream in streams {
+            while let Some(event) = stream.blocking_next() {
+                let refused = matches!(
+                    event,
+                    Err(ChatError::NoHeadroom { .. } | ChatError::QueueFull { .. })
+                );
+                prop_assert!(event.is_ok() || refused, "{event:?}");
+            }
+        }
+        prop_assert!(bench.local.drain(LONG));
+        let given = bench.acts("smaller_pieces");
+        set(Rung::Orange);
+        bench.wait_for_act("smaller_pieces", given + 1);
+        let start = std::time::Instant::now();
+        while bench.ledger.promised() != at_rest {
+            prop_assert!(start.elapsed() < LONG, "{:?}", bench.ledger.table());
+            std::thread::yield_now();
+        }
+    }
 }
 
 /// The rest of an answer, and how it ended.
