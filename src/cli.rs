@@ -1,5 +1,11 @@
 //! The command line: one file per subcommand.
 
+/// As the standard library's, but a reader that has gone (`scoutd inspect … | head`) is no reason to panic.
+macro_rules! println {
+    () => { $crate::cli::print_line(format_args!("")) };
+    ($($arguments:tt)*) => { $crate::cli::print_line(format_args!($($arguments)*)) };
+}
+
 mod ask;
 mod bench;
 mod chat;
@@ -17,6 +23,8 @@ mod serve;
 mod terminal;
 mod verify;
 
+use std::fmt;
+use std::io::{self, Write};
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
@@ -114,6 +122,16 @@ pub fn main() -> ExitCode {
         eprintln!("scoutd: {error:#}");
         exit_code(&error)
     })
+}
+
+/// One line on standard output. Nobody reading on is no error; any other is told, and the command goes on.
+fn print_line(line: fmt::Arguments<'_>) {
+    match writeln!(io::stdout(), "{line}") {
+        Err(error) if error.kind() != io::ErrorKind::BrokenPipe => {
+            eprintln!("scoutd: cannot write to standard output: {error}");
+        }
+        _ => {}
+    }
 }
 
 fn exit_code(error: &anyhow::Error) -> ExitCode {

@@ -3,7 +3,7 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Output};
+use std::process::{Child, Command, Output, Stdio};
 
 use half::bf16;
 use serde_json::Value;
@@ -291,6 +291,16 @@ fn an_existing_target_stays_unless_forced() {
     let said = String::from_utf8_lossy(&done.stdout).into_owned();
     assert!(said.contains(&format!("scoutd verify {} --against", target.display())), "{said}");
     assert_eq!(names(out.path()), ["model.gguf"]);
+}
+
+#[test]
+fn a_reader_that_has_gone_brings_nothing_down() {
+    let (reader, writer) = std::io::pipe().expect("a pipe");
+    drop(reader);
+    let mut inspect = scoutd();
+    inspect.args(["inspect", NANO, "--tensors"]).stdout(writer).stderr(Stdio::piped());
+    let done = inspect.spawn().and_then(Child::wait_with_output).expect("the binary starts");
+    assert_eq!((done.status.code(), stderr(&done)), (Some(0), String::new()));
 }
 
 /// Runs the binary from a shell that first does `before`.
