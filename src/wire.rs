@@ -6,6 +6,7 @@
 //! name, and this one knows no status code and no topic.
 
 mod answer;
+mod fusion;
 mod json;
 mod lenient;
 mod message;

@@ -31,6 +31,7 @@ pub(super) async fn chat(
     let head = head(shared, "chatcmpl", &caller, &asked.model())?;
     let (stream, include_usage, logprobs) =
         (asked.stream(), asked.include_usage(), asked.logprobs());
+    let events = asked.events();
     let choices = asked.choices()?;
     let parts = asked.into_parts(&caller)?;
     let requests = (0..choices)
@@ -43,7 +44,7 @@ pub(super) async fn chat(
     let mut jobs = Jobs::start(&shared.router, requests);
     if stream {
         let first = jobs.first().await?;
-        let writer = ChatWriter::new(head, choices, logprobs, include_usage);
+        let writer = ChatWriter::new(head, choices, logprobs, include_usage).with_events(events);
         let body = EventBody::new(active, jobs, first, Box::new(writer));
         return Ok(Answer::Stream(Box::new(body)));
     }

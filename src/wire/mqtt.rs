@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 use serde::Serialize;
 use serde_json::{Map, Value, json};
 
+use super::fusion;
 use crate::chat::{ChatError, Completion, FinishReason, ModelCard, Priority, RequestId, ToolCall};
 
 /// What pairs an answer with its request, as far as the payload could be read.
@@ -276,6 +277,8 @@ struct AnswerData<'a> {
     model: &'a str,
     usage: Value,
     timings: Value,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    fusion: Option<Value>,
 }
 
 /// A whole answer, or as much of one as there is.
@@ -315,6 +318,7 @@ pub fn final_answer(
         model: &answer.model,
         usage: usage(completion),
         timings: timings(completion),
+        fusion: completion.fusion.as_deref().and_then(fusion::report),
     };
     write(echo, "final", FinalBody { truncated, chunks: answer.chunks, ..ok_body(data) })
 }

@@ -5,6 +5,7 @@ use std::time::{Duration, SystemTime};
 use serde_json::{Map, Value, json};
 
 use super::super::answer::StreamWriter;
+use super::super::fusion;
 use super::super::json::{write, write_to};
 use super::super::openai::token_logprob;
 use super::super::time::rfc3339;
@@ -89,6 +90,9 @@ impl LineWriter {
         line.insert("prompt_eval_count".to_owned(), done.usage.prompt_tokens.into());
         line.insert("prompt_cached_count".to_owned(), done.usage.cached_tokens.into());
         line.insert("eval_count".to_owned(), done.usage.completion_tokens.into());
+        if let Some(report) = done.fusion.as_deref().and_then(fusion::report) {
+            line.insert("fusion".to_owned(), report);
+        }
     }
 
     fn call(&mut self, call: &ToolCall) -> Value {

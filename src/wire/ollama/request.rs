@@ -10,11 +10,11 @@ use super::super::json::parse;
 use super::super::lenient::{Float, Int, List, Object, Presence, Raw, Texts, ranged};
 use super::super::openai::seed;
 use super::super::time::KeepAlive;
-use super::super::{message, schema};
+use super::super::{fusion, message, schema};
 use super::context;
 use crate::chat::{
-    ChatError, ChatRequestParts, Input, Limits, Message, ModelName, Role, SamplingParams, Tool,
-    ToolCall,
+    ChatError, ChatRequestParts, FusionRequest, Input, Limits, Message, ModelName, Role,
+    SamplingParams, Tool, ToolCall,
 };
 
 /// What a request wants done.
@@ -47,6 +47,7 @@ pub struct ChatBody {
     truncate: Option<bool>,
     logprobs: Option<bool>,
     top_logprobs: Option<Int>,
+    fusion: Option<Raw>,
 }
 
 /// The body of `/api/generate` as the client wrote it.
@@ -68,6 +69,7 @@ pub struct GenerateBody {
     truncate: Option<bool>,
     logprobs: Option<bool>,
     top_logprobs: Option<Int>,
+    fusion: Option<Raw>,
 }
 
 #[derive(Debug, Deserialize)]
@@ -119,6 +121,7 @@ struct Options {
     frequency_penalty: Option<Float>,
     seed: Option<Int>,
     stop: Option<Texts<{ Limits::STOPS_MAX }>>,
+    fusion: Option<Raw>,
 }
 
 /// `think`: a switch or a strength. A model that cannot think ignores it.
@@ -191,6 +194,7 @@ impl ChatBody {
             truncate: self.truncate,
             logprobs: self.logprobs,
             top_logprobs: self.top_logprobs,
+            fusion: self.fusion,
         };
         shared.fill(&mut parts)?;
         Ok(Work::Answer { parts: Box::new(parts), turns: None })
@@ -262,6 +266,7 @@ impl GenerateBody {
             truncate: self.truncate,
             logprobs: self.logprobs,
             top_logprobs: self.top_logprobs,
+            fusion: self.fusion,
         };
         shared.fill(&mut parts)?;
         Ok(Work::Answer { parts: Box::new(parts), turns })
@@ -292,6 +297,7 @@ struct Shared {
     truncate: Option<bool>,
     logprobs: Option<bool>,
     top_logprobs: Option<Int>,
+    fusion: Option<Raw>,
 }
 
 impl Shared {
@@ -306,10 +312,20 @@ impl Shared {
         parts.context_tokens = ranged("options.num_ctx", options.num_ctx)?;
         parts.max_tokens = num_predict(options.num_predict)?;
         parts.sampling = sampling(&options)?;
+        if let Some(fusion) = self.fusion.or(options.fusion) {
+            parts.fusion = asked(fusion, &parts.model)?;
+        }
         let Texts(stops) = options.stop.unwrap_or(Texts(Vec::new()));
         parts.stop = stops.into_iter().filter(|stop| !stop.is_empty()).collect();
         Ok(())
     }
+}
+
+/// What is asked of a fusion; most clients of this API pass unknown keys only within `options`.
+fn asked(raw: Raw, model: &ModelName) -> Result<Option<Box<FusionRequest>>, ChatError> {
+    let Some(asked) = fusion::own(raw.value("fusion")?)? else { return Ok(None) };
+    fusion::check_model(model.as_str())?;
+    Ok(Some(Box::new(asked.options)))
 }
 
 fn logprobs(wanted: Option<bool>, top: Option<Int>) -> Result<Option<u8>, ChatError> {

@@ -6,12 +6,13 @@ use serde::Serialize;
 use serde_json::{Map, Value, json};
 
 use super::super::answer::{StreamWriter, finite, ms};
+use super::super::fusion;
 use super::super::json::{write, write_to};
 use super::ErrorBody;
 use super::completion::{add_usage, summed};
 use crate::chat::{
-    Alternative, ChatError, ChatEvent, Completion, FinishReason, Reply, TokenLogprob, ToolCall,
-    Usage,
+    Alternative, ChatError, ChatEvent, Completion, FinishReason, FusionProgress, Reply,
+    TokenLogprob, ToolCall, Usage,
 };
 
 /// A comment that keeps proxies from closing a silent stream, and how often it comes.
@@ -70,8 +71,16 @@ pub fn chat_reply(head: &Head, replies: &[Reply], logprobs: bool) -> Vec<u8> {
     answer.insert("usage".to_owned(), usage(summed_once(replies)));
     if let [reply] = replies {
         answer.insert("timings".to_owned(), timings(&reply.completion));
+        insert_fusion(&mut answer, &reply.completion);
     }
     write(&answer)
+}
+
+/// Where the answer came from, if it is a fusion of several and the client wants to know.
+fn insert_fusion(object: &mut Map<String, Value>, completion: &Completion) {
+    if let Some(report) = completion.fusion.as_deref().and_then(fusion::report) {
+        object.insert("fusion".to_owned(), report);
+    }
 }
 
 /// Choices of one chat share their prompt, which is counted once.
@@ -92,6 +101,7 @@ pub struct ChatWriter {
     head: Head,
     include_usage: bool,
     logprobs: bool,
+    events: bool,
     choices: Vec<Choice>,
     usage: Usage,
     prompt: Option<Usage>,
@@ -110,10 +120,24 @@ impl ChatWriter {
             head,
             include_usage,
             logprobs,
+            events: false,
             choices: vec![Choice::default(); choices],
             usage: Usage::default(),
             prompt: None,
         }
+    }
+
+    /// With `events`, the progress of a fusion comes as named events instead of comments.
+    pub fn with_events(mut self, events: bool) -> ChatWriter {
+        self.events = events;
+        self
+    }
+
+    /// Clients that know nothing of fusions skip comments; many stumble over named events.
+    fn progress(&self, progress: &FusionProgress, out: &mut Vec<u8>) {
+        out.extend_from_slice(if self.events { b"event: fusion\ndata: " } else { b": fusion " });
+        write_to(out, &fusion::progress(progress));
+        out.extend_from_slice(b"\n\n");
     }
 
     fn chunk(
@@ -141,6 +165,7 @@ impl ChatWriter {
         }
         if let Some(done) = rest.done {
             chunk.insert("timings".to_owned(), timings(done));
+            insert_fusion(&mut chunk, done);
         }
         sse(out, &chunk);
     }
@@ -157,7 +182,8 @@ impl StreamWriter for ChatWriter {
         let mut delta = Map::new();
         let mut rest = Rest::default();
         match &event {
-            ChatEvent::Accepted { .. } | ChatEvent::Progress(_) | ChatEvent::Prompt(_) => return,
+            ChatEvent::Accepted { .. } | ChatEvent::Prompt(_) => return,
+            ChatEvent::Progress(progress) => return self.progress(progress, out),
             ChatEvent::Delta { text, logprobs } => {
                 delta.insert("content".to_owned(), text.as_str().into());
                 rest.logprobs = self.logprobs.then(|| token_list(logprobs));

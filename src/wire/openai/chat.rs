@@ -7,9 +7,11 @@ use serde::de::{Deserializer, Error, SeqAccess, Visitor};
 use serde_json::{Map, Value};
 
 use super::super::answer::Caller;
+use super::super::fusion::Asked;
 use super::super::json::parse;
 use super::super::lenient::{Float, Int, List, LogitBias, Object, Raw, Texts, ranged};
-use super::super::{message, schema};
+use super::super::message::check_model_name;
+use super::super::{fusion, message, schema};
 use super::CHOICES_MAX;
 use crate::chat::{
     ChatError, ChatRequestParts, Input, Limits, Message, ModelName, SamplingParams, Tool, ToolCall,
@@ -44,6 +46,11 @@ pub struct ChatBody {
     frequency_penalty: Option<Float>,
     seed: Option<Int>,
     logit_bias: Option<LogitBias>,
+    fusion: Option<Raw>,
+    plugins: Option<Raw>,
+    /// What those two, or a tool, ask of a fusion.
+    #[serde(skip)]
+    asked: Option<Asked>,
 }
 
 #[derive(Debug, Deserialize)]
@@ -74,7 +81,9 @@ struct FunctionCall {
 
 #[derive(Debug, Deserialize)]
 struct ToolBody {
+    r#type: Option<String>,
     function: Option<Object<FunctionBody>>,
+    parameters: Option<Raw>,
 }
 
 #[derive(Debug, Deserialize)]
@@ -104,7 +113,63 @@ impl ChatBody {
     /// # Errors
     /// `Invalid`, naming the field.
     pub fn parse(body: &[u8]) -> Result<ChatBody, ChatError> {
-        parse(body).map(|Object(body)| body)
+        let Object(mut body) = parse::<Object<ChatBody>>(body)?;
+        body.asked = body.fusion_asked()?;
+        Ok(body)
+    }
+
+    /// Whether the progress of a fusion is to come as named events.
+    pub fn events(&self) -> bool {
+        self.asked.as_ref().is_some_and(|asked| asked.options.events)
+    }
+
+    /// What is asked of a fusion, in one of three shapes; two at once contradict each other.
+    fn fusion_asked(&mut self) -> Result<Option<Asked>, ChatError> {
+        let own = match self.fusion.take() {
+            Some(raw) => fusion::own(raw.value("fusion")?)?,
+            None => None,
+        };
+        if own.is_some() {
+            fusion::check_model(self.model.as_deref().unwrap_or(""))?;
+        }
+        let foreign = self.plugin()?.into_iter().chain(self.fusion_tool()?);
+        let mut all = own.into_iter().chain(foreign);
+        match (all.next(), all.next()) {
+            (_, Some(_)) => {
+                let message = "fusion, the plugin and the tool of that name exclude each other";
+                Err(ChatError::invalid("fusion", message))
+            }
+            (asked, None) => Ok(asked),
+        }
+    }
+
+    /// OpenRouter's plugin; others are for services that we are not.
+    fn plugin(&mut self) -> Result<Option<Asked>, ChatError> {
+        let Some(raw) = self.plugins.take() else { return Ok(None) };
+        let Value::Array(plugins) = raw.value("plugins")? else { return Ok(None) };
+        let found = plugins.into_iter().enumerate().find(|(_, plugin)| plugin["id"] == "fusion");
+        found
+            .map(|(index, plugin)| fusion::openrouter(&format!("plugins[{index}]"), plugin))
+            .transpose()
+    }
+
+    /// OpenRouter's server-side tool, which must stand alone: a panel calls no tools.
+    fn fusion_tool(&mut self) -> Result<Option<Asked>, ChatError> {
+        let is_fusion =
+            |Object(tool): &Object<ToolBody>| tool.r#type.as_deref() == Some("openrouter:fusion");
+        let tools = self.tools.as_ref().map_or(&[][..], |List(tools)| tools.as_slice());
+        if !tools.iter().any(is_fusion) {
+            return Ok(None);
+        }
+        if tools.len() > 1 {
+            let message = "tools: openrouter:fusion must be the only tool";
+            return Err(ChatError::invalid("tools", message));
+        }
+        let field = "tools[0].parameters";
+        let mut tools = self.tools.take().map(|List(tools)| tools).unwrap_or_default();
+        let parameters = tools.pop().and_then(|Object(tool)| tool.parameters);
+        let value = parameters.map_or(Ok(Value::Null), |raw| raw.value(field))?;
+        fusion::openrouter(field, value).map(Some)
     }
 
     /// Whether the answer is to come piece by piece; the default is at once.
@@ -153,6 +218,7 @@ impl ChatBody {
     /// `Invalid` naming the field, or `NotSupported`.
     pub fn into_parts(self, caller: &Caller) -> Result<ChatRequestParts, ChatError> {
         let logprobs = self.logprobs_wanted()?;
+        let model = self.model();
         let max_tokens = max_tokens(
             ("max_completion_tokens", self.max_completion_tokens),
             ("max_tokens", self.max_tokens),
@@ -170,7 +236,8 @@ impl ChatBody {
             logit_bias: self.logit_bias,
         })?;
         let mut parts = caller.parts(Input::Messages(messages(self.messages)?));
-        parts.model = message::model(self.model)?;
+        check_model_name(&model)?;
+        parts.model = model;
         parts.tools = tools(self.tools)?;
         parts.tool_choice = tool_choice(self.tool_choice)?;
         if let Some(format) = self.response_format {
@@ -181,12 +248,18 @@ impl ChatBody {
         parts.max_tokens = max_tokens;
         parts.logprobs = logprobs;
         parts.sampling = sampling;
+        if let Some(asked) = self.asked {
+            parts.max_tokens = asked.max_tokens.or(parts.max_tokens);
+            parts.sampling.temperature = asked.temperature.unwrap_or(parts.sampling.temperature);
+            parts.fusion = Some(Box::new(asked.options));
+        }
         Ok(parts)
     }
 
     /// The model's name, not yet checked.
     pub fn model(&self) -> ModelName {
-        ModelName::new(self.model.as_deref().unwrap_or(""))
+        let instead = self.asked.as_ref().and_then(|asked| asked.model.as_deref());
+        ModelName::new(instead.or(self.model.as_deref()).unwrap_or(""))
     }
 
     fn logprobs_wanted(&self) -> Result<Option<u8>, ChatError> {
