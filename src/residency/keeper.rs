@@ -77,6 +77,8 @@ fn set(slots: &ExpertSlots, bytes: Bytes, pace: &mut Pace, metrics: &Metrics) {
         Ok(now) if now != before => {
             let act = if now < before { "shrink_slots" } else { "grow_slots" };
             metrics.memory_acts.with_label_values(&[act]).inc();
+            // The engine says it after each step, but it may be idle for long.
+            metrics.expert_slots.set(slots.stats().slots as f64);
         }
         Ok(_) => {}
         // Others were faster; the next step tries again.
