@@ -277,7 +277,8 @@ impl Plan {
     pub fn wake(&self) -> Option<Duration> {
         match &self.phase {
             Phase::Panel => {
-                let grace = self.quorum_at.map(|_| self.grace_end());
+                // Later rounds of a debate have their share of the time and no grace.
+                let grace = self.quorum_at.filter(|_| self.round == 0).map(|_| self.grace_end());
                 Some(grace.map_or(self.panel_end(), |grace| grace.min(self.panel_end())))
             }
             Phase::Fallback => Some(self.share(95)),
@@ -400,9 +401,6 @@ impl Plan {
             }));
         }
         if self.round == 0 && self.quorum_at.is_some() && self.stops_early() {
-            if self.setup.mode == FusionMode::Debate {
-                self.mode_reason = Some("decided");
-            }
             self.close(FaultReason::EarlyStop, now, actions);
             return self.conclude(now, actions);
         }
@@ -434,8 +432,19 @@ impl Plan {
             .filter(|attempt| !attempt.ask.fallback && attempt.end.is_none())
             .map(|attempt| u64::from(attempt.ask.weight))
             .sum();
+        if self.setup.mode == FusionMode::Debate {
+            return self.has_majority();
+        }
         let tally = self.tally();
         tally.unassailable(outstanding).is_some_and(|leader| self.is_decisive(leader))
+    }
+
+    /// Whether one answer has more than half of all weight that was asked: then there is nothing to debate.
+    fn has_majority(&self) -> bool {
+        let asked = self.attempts.iter().filter(|a| !a.ask.fallback && a.round == 0);
+        let all: u64 = asked.map(|attempt| u64::from(attempt.ask.weight)).sum();
+        let tally = self.tally();
+        tally.leader().is_some_and(|(key, sum)| sum * 2 > all && self.is_decisive(key))
     }
 
     /// In open text weight alone decides nothing: two answers must be the same.

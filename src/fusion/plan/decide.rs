@@ -84,19 +84,9 @@ impl Plan {
             self.mode_reason = Some("margin_fell");
             return false;
         }
-        if self.mode_reason == Some("decided") {
+        if self.round == 0 && (unanimous || self.has_majority()) {
+            self.mode_reason = Some(if unanimous { "unanimous" } else { "decided" });
             return false;
-        }
-        if self.round == 0 {
-            let tally = self.tally();
-            let asked = self.attempts.iter().filter(|attempt| !attempt.ask.fallback);
-            let all: u64 = asked.map(|attempt| u64::from(attempt.ask.weight)).sum();
-            let leads =
-                tally.leader().is_some_and(|(key, sum)| sum * 2 > all && self.is_decisive(key));
-            if unanimous || leads {
-                self.mode_reason = Some(if unanimous { "unanimous" } else { "decided" });
-                return false;
-            }
         }
         if self.round >= self.setup.rounds || now >= self.share(80) {
             return false;

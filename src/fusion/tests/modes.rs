@@ -46,7 +46,7 @@ async fn a_debate_is_one_round_of_answers_and_a_vote() {
 async fn there_is_no_debate_where_nothing_is_contested() {
     let agreed = debaters(["4", "4", "4"], ["9", "9", "9"]).ask(number).await;
     let told = report(&agreed);
-    assert_eq!((told.mode_used, told.mode_reason), (ModeUsed::Vote, Some("decided")));
+    assert_eq!((told.mode_used, told.mode_reason), (ModeUsed::Vote, Some("unanimous")));
     let majority = debaters(["4", "5", "4"], ["9", "9", "9"]).ask(number).await;
     assert_eq!((majority.text.as_str(), report(&majority).mode_reason), ("4", Some("decided")));
 }
