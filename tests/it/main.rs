@@ -4,6 +4,7 @@ mod certificate;
 mod checkpoint;
 mod config;
 mod convert;
+mod convert_scout;
 mod daemon;
 mod doubles;
 mod egress;
