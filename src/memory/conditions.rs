@@ -6,15 +6,14 @@ use std::task::Waker;
 use std::time::{Duration, Instant};
 
 use super::{Room, Rung};
-use crate::units::Bytes;
 
 /// Rung and heat now, and who wants to be woken when they change.
 #[derive(Debug)]
 pub struct Conditions {
     rung: AtomicU8,
     hot: AtomicBool,
-    missing: AtomicU64,
-    spare: AtomicU64,
+    /// Held for the length of a copy, never while allocating.
+    room: Mutex<Room>,
     /// The model runs from disk because the operator wants it to.
     forced: AtomicBool,
     /// Until when, in milliseconds after `start`, a load excuses stalls; `u64::MAX` while it lasts.
@@ -32,8 +31,7 @@ impl Conditions {
         Arc::new(Conditions {
             rung: AtomicU8::new(0),
             hot: AtomicBool::new(false),
-            missing: AtomicU64::new(0),
-            spare: AtomicU64::new(0),
+            room: Mutex::new(Room::default()),
             forced: AtomicBool::new(false),
             loading_until: AtomicU64::new(0),
             start: Instant::now(),
@@ -53,8 +51,7 @@ impl Conditions {
 
     /// How far headroom is from where caches may rest.
     pub fn room(&self) -> Room {
-        let load = |bytes: &AtomicU64| Bytes(bytes.load(Ordering::Relaxed));
-        Room { missing: load(&self.missing), spare: load(&self.spare) }
+        *self.room.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Has `waker` woken at each change, from now on.
@@ -86,8 +83,7 @@ impl Conditions {
 
     /// Sets what [`room`](Conditions::room) tells.
     pub(super) fn set_room(&self, room: Room) {
-        self.missing.store(room.missing.0, Ordering::Relaxed);
-        self.spare.store(room.spare.0, Ordering::Relaxed);
+        *self.room.lock().unwrap_or_else(PoisonError::into_inner) = room;
     }
 
     /// Whether stalls are excused now.

@@ -136,6 +136,8 @@ pub struct Ladder {
     calm_since: Option<Duration>,
     /// When this rung was entered.
     entered: Duration,
+    /// What the last reading asked for.
+    demands: Rung,
     history: History,
 }
 
@@ -150,6 +152,11 @@ pub struct Room {
     pub missing: Bytes,
     /// What may be taken without coming close to yellow.
     pub spare: Bytes,
+    /// Whether something asks for orange or worse now. On a rung that is only held until calm has lasted, nothing
+    /// does.
+    pub pressing: bool,
+    /// Number of the look at memory that found this: who has acted on it waits for the next.
+    pub look: u64,
 }
 
 impl Room {
@@ -163,6 +170,7 @@ impl Room {
         Room {
             missing: limit(Rung::Orange).saturating_sub(headroom),
             spare: headroom.saturating_sub(limit(Rung::Yellow)),
+            ..Room::default()
         }
     }
 }
@@ -181,10 +189,16 @@ impl Ladder {
         self.rung
     }
 
+    /// The rung that the last reading asked for, be it above or below the one we stand on.
+    pub fn demands(&self) -> Rung {
+        self.demands
+    }
+
     /// Takes in a reading, which must not be older than the one before. Returns the change, if there is one.
     pub fn step(&mut self, reading: &Reading<'_>) -> Option<Change> {
         self.history.push(reading.at, reading.sample);
         let (demanded, cause) = self.demanded(reading, Margin::None);
+        self.demands = demanded;
         let (from, headroom) = (self.rung, reading.headroom);
         if demanded > self.rung {
             self.enter(demanded, reading.at);
@@ -508,9 +522,9 @@ mod tests {
     #[test]
     fn room_is_counted_from_where_orange_ends_and_yellow_begins() {
         let room = |headroom| Room::of(Bytes(1000), Bytes(headroom));
-        assert_eq!(room(50), Room { missing: Bytes(40), spare: Bytes(0) });
-        assert_eq!(room(100), Room { missing: Bytes(0), spare: Bytes(0) });
-        assert_eq!(room(200), Room { missing: Bytes(0), spare: Bytes(80) });
+        assert_eq!((room(50).missing, room(50).spare), (Bytes(40), Bytes(0)));
+        assert_eq!((room(100).missing, room(100).spare), (Bytes(0), Bytes(0)));
+        assert_eq!((room(200).missing, room(200).spare), (Bytes(0), Bytes(80)));
     }
 
     #[test]
@@ -595,7 +609,7 @@ mod tests {
     }
 
     proptest! {
-        #![proptest_config(ProptestConfig::with_cases(64))]
+        #![proptest_config(ProptestConfig { cases: 64, failure_persistence: None, ..ProptestConfig::default() })]
 
         #[test]
         fn the_ladder_neither_swings_nor_sticks(scenes in proptest::collection::vec(scene(), 1..20)) {

@@ -149,6 +149,8 @@ struct Round {
     /// Share of the total that is never promised.
     keep_free: f64,
     start: Instant,
+    /// Samples taken.
+    looks: u64,
     ladder: Ladder,
     heat: Heat,
     hot: bool,
@@ -177,6 +179,7 @@ impl Round {
             probe,
             keep_free: config.keep_free_percent / 100.0,
             start: Instant::now(),
+            looks: 0,
             ladder: Ladder::default(),
             heat: Heat::default(),
             hot: false,
@@ -213,7 +216,10 @@ impl Round {
         let hot = self.heat.step(sample);
         let rung = self.ladder.rung();
         self.parts.ledger.set_closed(rung >= Rung::Red);
-        self.parts.conditions.set_room(Room::of(sample.total, left));
+        self.looks += 1;
+        let pressing = self.ladder.demands() >= Rung::Orange;
+        let room = Room { pressing, look: self.looks, ..Room::of(sample.total, left) };
+        self.parts.conditions.set_room(room);
         self.parts.conditions.set(rung, hot);
         if let Some(change) = change {
             self.changes[usize::from(change.to.number())].inc();

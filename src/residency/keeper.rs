@@ -107,11 +107,13 @@ struct Pace {
     wanted: Bytes,
     grown: Option<Duration>,
     shrunk: Option<Duration>,
+    /// The look at memory that was last acted on.
+    look: Option<u64>,
 }
 
 impl Pace {
     fn new(plan: Bytes, all: Bytes) -> Pace {
-        Pace { plan, most: all, wanted: plan, grown: None, shrunk: None }
+        Pace { plan, most: all, wanted: plan, grown: None, shrunk: None, look: None }
     }
 
     /// What the slots should take from now on, if that is something else.
@@ -142,14 +144,16 @@ impl Pace {
         Some(wanted)
     }
 
-    /// At once what is missing, at least a tenth of the plan; where stalls alone ask for it, a tenth each second.
-    fn smaller(&self, at: Duration, room: Room) -> Bytes {
-        let tenth = self.plan.0 / 10;
+    /// At once what is missing, at least a tenth of the plan; where stalls alone ask for it, a tenth each second. Once
+    /// for each look at memory: what was given back since is not in it.
+    fn smaller(&mut self, at: Duration, room: Room) -> Bytes {
         let waited = self.shrunk.is_none_or(|shrunk| at.saturating_sub(shrunk) >= SECOND);
-        match room.missing {
-            Bytes(0) if !waited => self.wanted,
-            missing => self.wanted.saturating_sub(Bytes(tenth.max(missing.0))),
+        let asked = room.missing > Bytes(0) || (room.pressing && waited);
+        if !asked || self.look == Some(room.look) {
+            return self.wanted;
         }
+        self.look = Some(room.look);
+        self.wanted.saturating_sub(Bytes(room.missing.0.max(self.plan.0 / 10)))
     }
 
     /// A twentieth of the plan each step, out of what is to spare.
@@ -218,37 +222,78 @@ mod tests {
         }
     }
 
-    fn missing(bytes: u64) -> Room {
-        Room { missing: Bytes(bytes), spare: Bytes(0) }
+    /// The finding of look number `look`.
+    fn missing(look: u64, bytes: u64) -> Room {
+        Room { missing: Bytes(bytes), pressing: true, look, ..Room::default() }
     }
 
     fn spare(bytes: u64) -> Room {
-        Room { missing: Bytes(0), spare: Bytes(bytes) }
+        Room { spare: Bytes(bytes), ..Room::default() }
+    }
+
+    #[test]
+    fn slots_follow_the_rung_and_the_ledger_gets_its_bytes() {
+        use super::super::{LayerFile, PartFile, SlotsOptions};
+        use crate::gguf::Mapping;
+        use crate::memory::Ledger;
+
+        let folder = tempfile::tempdir().expect("a temporary folder can be made");
+        let path = folder.path().join("experts");
+        std::fs::write(&path, vec![1; 4 * 3 * 5000]).expect("it can be written");
+        let mapping = Mapping::open(&path).expect("a regular file");
+        let parts = [0, 1, 2].map(|part| PartFile { offset: part * 4 * 5000, bytes: 5000 });
+        let layers = vec![LayerFile { experts: 4, parts }];
+        let ledger = Ledger::new(Bytes(1 << 20));
+        let options =
+            SlotsOptions { slots_bytes: Bytes(1 << 17), lock: false, ..SlotsOptions::default() };
+        let slots = ExpertSlots::open(&mapping, layers, &options, Some((&ledger, "model")));
+        let slots = Arc::new(slots.expect("there is room"));
+        let (planned, promised) = (slots.slots_bytes(), ledger.promised());
+        assert!(planned > Bytes(0));
+        let (conditions, metrics) = (Conditions::new(), Arc::new(Metrics::new()));
+        let keeper =
+            Keeper::start(Arc::clone(&slots), Arc::clone(&conditions), Arc::clone(&metrics))
+                .expect("a thread can be started");
+        conditions.set(Rung::Critical, false);
+        let start = Instant::now();
+        while metrics.memory_acts.with_label_values(&["shrink_slots"]).get() == 0 {
+            assert!(start.elapsed() < TOO_MUCH, "the slots do not shrink");
+            thread::yield_now();
+        }
+        assert_eq!(slots.slots_bytes(), Bytes(0));
+        assert_eq!(ledger.promised(), promised.saturating_sub(planned));
+        drop(keeper);
+        // Nobody keeps them any more.
+        conditions.set(Rung::Green, false);
+        assert_eq!(slots.slots_bytes(), Bytes(0));
     }
 
     #[test]
     fn slots_give_at_once_what_is_missing() {
         let mut pace = Pace::new(Bytes(1000), Bytes(5000));
-        assert_eq!(pace.next(SECOND, Rung::Orange, missing(350)), Some(Bytes(650)));
-        assert_eq!(pace.next(SECOND, Rung::Orange, missing(20)), Some(Bytes(550)));
-        assert_eq!(pace.next(SECOND, Rung::Critical, missing(20)), Some(Bytes(0)));
-        assert_eq!(pace.next(SECOND, Rung::Red, missing(20)), None);
+        assert_eq!(pace.next(SECOND, Rung::Orange, missing(1, 350)), Some(Bytes(650)));
+        assert_eq!(pace.next(SECOND, Rung::Orange, missing(1, 350)), None, "once for each look");
+        assert_eq!(pace.next(SECOND, Rung::Orange, missing(2, 20)), Some(Bytes(550)));
+        assert_eq!(pace.next(SECOND, Rung::Critical, missing(3, 20)), Some(Bytes(0)));
+        assert_eq!(pace.next(SECOND, Rung::Red, missing(4, 20)), None);
     }
 
     #[test]
     fn stalls_alone_cost_a_tenth_each_second() {
         let mut pace = Pace::new(Bytes(1000), Bytes(5000));
         let at = |ms| Duration::from_millis(ms);
-        assert_eq!(pace.next(at(0), Rung::Orange, missing(0)), Some(Bytes(900)));
-        let mut shrunk = pace.clone();
-        assert_eq!(shrunk.next(at(500), Rung::Orange, missing(0)), None);
-        assert_eq!(pace.next(at(1000), Rung::Orange, missing(0)), Some(Bytes(800)));
+        assert_eq!(pace.next(at(0), Rung::Orange, missing(1, 0)), Some(Bytes(900)));
+        assert_eq!(pace.next(at(500), Rung::Orange, missing(2, 0)), None);
+        assert_eq!(pace.next(at(1000), Rung::Orange, missing(3, 0)), Some(Bytes(800)));
+        // The rung is held for a while; nothing asks for more.
+        let calm = Room { look: 4, ..spare(0) };
+        assert_eq!(pace.next(at(5000), Rung::Orange, calm), None);
     }
 
     #[test]
     fn they_come_back_to_the_plan_and_beyond_while_there_is_room() {
         let mut pace = Pace::new(Bytes(1000), Bytes(1200));
-        pace.next(SECOND, Rung::Critical, missing(1));
+        pace.next(SECOND, Rung::Critical, missing(1, 1));
         assert_eq!(pace.play(2, 60, Rung::Yellow, spare(10_000)), Bytes(0));
         assert_eq!(pace.play(60, 90, Rung::Green, spare(60)), Bytes(0), "too little to spare");
         let back = pace.play(90, 240, Rung::Green, spare(10_000));
@@ -262,7 +307,7 @@ mod tests {
         pace.play(10, 23, Rung::Green, spare(10_000));
         let grown = pace.wanted;
         assert!(grown > Bytes(1000));
-        pace.next(Duration::from_secs(30), Rung::Orange, missing(100));
+        pace.next(Duration::from_secs(30), Rung::Orange, missing(1, 100));
         assert_eq!(pace.most, Bytes(grown.0 / 10 * 9));
         let most = pace.most;
         assert!(pace.play(60, 600, Rung::Green, spare(10_000)) <= most);

@@ -144,7 +144,7 @@ fn op() -> impl Strategy<Value = Op> {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(24))]
+    #![proptest_config(ProptestConfig { cases: 24, failure_persistence: None, ..ProptestConfig::default() })]
 
     /// Admissions, cancels, finishes and rungs in any order: never more is promised than may be, every stream ends,
     /// and at the end every byte is back.
