@@ -68,8 +68,13 @@ impl Drive {
         if self.carry_out(first).await.is_break() {
             return;
         }
+        let mut idle = false;
         loop {
-            let wake = self.plan.wake().map(|at| self.began + at);
+            let mut wake = self.plan.wake().map(|at| self.began + at);
+            if idle {
+                // Time alone changed nothing: whatever the plan says, the members get their turn.
+                wake = wake.map(|wake| wake.max(Instant::now() + IDLE_PERIOD));
+            }
             let event = match self.next(wake).await {
                 Happening::Gone => return self.abandon(),
                 Happening::Member(attempt, item) => self.of_member(attempt, item),
@@ -80,7 +85,9 @@ impl Drive {
                 },
                 Happening::Time => Event::Tick,
             };
+            let tick = event == Event::Tick;
             let actions = self.plan.step(event, self.began.elapsed());
+            idle = tick && actions.is_empty();
             if self.carry_out(actions).await.is_break() {
                 return;
             }
@@ -377,6 +384,9 @@ pub(super) fn estimate(prompt_bytes: usize, bytes: usize) -> Usage {
         completion_tokens: tokens(bytes),
     }
 }
+
+/// How soon a plan that did nothing is asked again.
+const IDLE_PERIOD: Duration = Duration::from_millis(10);
 
 /// The number of the judge's own request.
 const JUDGE_ATTEMPT: usize = 99;

@@ -5,189 +5,22 @@
 
 mod answers;
 mod decide;
+mod judging;
 #[cfg(test)]
 mod tests;
+mod vocabulary;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
 pub use answers::{Attempt, End};
 pub use decide::Decision;
+pub use vocabulary::{Action, Ask, Event, Judge, Setup};
 
-use super::answer::{Form, Usable};
-use super::judge::TAU_MILLI;
-use super::member::Tier;
+use super::answer::Usable;
 use super::merge;
 use super::weight::Tally;
-use crate::chat::{
-    Fault, FaultReason, FinishReason, FusionMode, FusionProgress, JudgeMethod, MemberState,
-    MergeStyle, ModeUsed, NoQuorum,
-};
-
-/// What one fusion sets out with.
-#[derive(Clone, Debug)]
-pub struct Setup {
-    /// What the client asked for.
-    pub mode: FusionMode,
-    /// How a merge is written.
-    pub style: MergeStyle,
-    /// Rounds of a debate.
-    pub rounds: u8,
-    /// Usable answers that are enough.
-    pub quorum: u8,
-    /// All the time there is.
-    pub deadline: Duration,
-    /// Time for stragglers, if the client set it.
-    pub grace: Option<Duration>,
-    /// What to do below the quorum.
-    pub on_no_quorum: NoQuorum,
-    /// The form of the answer.
-    pub form: Form,
-    /// How to judge.
-    pub method: JudgeMethod,
-    /// Whether pairs are judged in both orders.
-    pub swap: bool,
-    /// Who may judge.
-    pub judge: Judge,
-    /// Who is asked at once.
-    pub asks: Vec<Ask>,
-    /// Who is asked if connecting to one of those fails, in this order.
-    pub spares: Vec<Ask>,
-    /// Whether the answers are to be compared sentence by sentence.
-    pub analysis: bool,
-}
-
-/// What is known of the judge.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Judge {
-    /// At least as strong as every member: it may write.
-    Strong,
-    /// Weaker than the best member: it may only score.
-    Weaker,
-    /// Nobody; why.
-    Absent(&'static str),
-}
-
-/// One question to one member.
-#[derive(Clone, Debug, PartialEq)]
-pub struct Ask {
-    /// Index of the member, for whoever carries the plan out.
-    pub member: usize,
-    /// Its name in the report.
-    pub id: String,
-    /// Weight of its vote in thousandths.
-    pub weight: u32,
-    /// Its strength.
-    pub tier: Tier,
-    /// The engine of this process.
-    pub local: bool,
-    /// Asked only so that there is an answer if all others fail; it has no vote.
-    pub fallback: bool,
-}
-
-/// Something that happened.
-#[derive(Clone, Debug, PartialEq)]
-pub enum Event {
-    /// An attempt said more.
-    Text {
-        /// Which.
-        attempt: usize,
-        /// What.
-        text: String,
-    },
-    /// An attempt wants to call a tool.
-    Call {
-        /// Which.
-        attempt: usize,
-    },
-    /// An attempt has ended by itself.
-    Ended {
-        /// Which.
-        attempt: usize,
-        /// How.
-        finish: FinishReason,
-    },
-    /// An attempt has failed.
-    Failed {
-        /// Which.
-        attempt: usize,
-        /// Why.
-        reason: FaultReason,
-    },
-    /// The judge has scored a text.
-    Scored {
-        /// SHA-256 of the text.
-        hash: String,
-        /// Thousandths of a logit.
-        milli: i64,
-    },
-    /// The judge has compared a pair.
-    Compared {
-        /// How much better the first is, in thousandths of a logit.
-        milli: i64,
-    },
-    /// The judge cannot go on.
-    JudgeFailed {
-        /// Why, in one word.
-        reason: &'static str,
-    },
-    /// The judge has written the merge, or as much of it as there was time for.
-    Written {
-        /// The text.
-        text: String,
-        /// How it ended.
-        finish: FinishReason,
-    },
-    /// The judge has written nothing.
-    NotWritten,
-    /// Time has passed.
-    Tick,
-}
-
-/// What is to be done.
-#[derive(Clone, Debug, PartialEq)]
-pub enum Action {
-    /// Start this attempt.
-    Ask(usize),
-    /// Start this attempt with what was said so far.
-    Argue {
-        /// The attempt.
-        attempt: usize,
-        /// The member's own answer.
-        own: String,
-        /// The others', in canonical order.
-        others: Vec<String>,
-    },
-    /// Close this attempt's stream.
-    Drop(usize),
-    /// Let the judge score this text.
-    Score {
-        /// SHA-256 of the text.
-        hash: String,
-        /// The text.
-        text: String,
-    },
-    /// Let the judge compare these texts.
-    Compare {
-        /// One.
-        first: String,
-        /// The other.
-        second: String,
-    },
-    /// Let the judge write a new answer from these, in canonical order.
-    Write {
-        /// The texts.
-        drafts: Vec<String>,
-    },
-    /// Close the judge's stream; what it has written is the answer.
-    StopWriting,
-    /// Tell the client.
-    Tell(FusionProgress),
-    /// That is the answer.
-    Decide(Box<Decision>),
-    /// There is none.
-    Refuse(Fault),
-}
+use crate::chat::{FaultReason, FusionMode, FusionProgress, JudgeMethod, MemberState, ModeUsed};
 
 /// How far a fusion is.
 #[derive(Clone, Debug, PartialEq)]
@@ -547,7 +380,7 @@ impl Plan {
 
     fn voters(&self) -> Vec<usize> {
         let whole = |&ballot: &usize| self.attempts[ballot].is_whole();
-        let any_whole = self.ballots.iter().any(|ballot| whole(ballot));
+        let any_whole = self.ballots.iter().any(&whole);
         let all = self.ballots.iter().copied();
         match self.setup.form.is_closed() || !any_whole {
             true => all.collect(),
@@ -596,95 +429,6 @@ impl Plan {
         }
     }
 
-    fn score_missing(&mut self, actions: &mut Vec<Action>) -> bool {
-        let mut missing = false;
-        for group in self.groups() {
-            if self.scores.contains_key(&group.text_hash) {
-                continue;
-            }
-            missing = true;
-            if self.judged.insert(group.text_hash.clone()) {
-                self.tell_judge(actions);
-                let text = self.text_of(group.representative).to_owned();
-                actions.push(Action::Score { hash: group.text_hash, text });
-            }
-        }
-        missing
-    }
-
-    fn advance_judging(&mut self, now: Duration, actions: &mut Vec<Action>) {
-        if self.judge_reason.is_none() && now >= self.judge_end() {
-            self.judge_reason = Some("late");
-        }
-        if self.judge_reason.is_some() {
-            return self.choose_by_weight(now, actions);
-        }
-        let groups = self.groups();
-        if let [only] = groups.as_slice() {
-            let key = only.key.clone();
-            return self.choose(&key, now, actions);
-        }
-        if self.setup.method == JudgeMethod::Pairwise {
-            let mut keys = groups.into_iter().map(|group| group.key);
-            let (champion, rest) = (keys.next().unwrap_or_default(), keys.collect());
-            return self.compare_next(champion, rest, now, actions);
-        }
-        if self.score_missing(actions) {
-            return;
-        }
-        let ranked = self.ranked();
-        let close = self.score_of(&ranked[0]) - self.score_of(&ranked[1]) < TAU_MILLI;
-        let [first, second] = [0, 1].map(|place| ranked[place].key.clone());
-        match close && self.setup.method == JudgeMethod::Auto {
-            true => self.compare_next(first, vec![second], now, actions),
-            false => self.choose(&first, now, actions),
-        }
-    }
-
-    fn compare_next(
-        &mut self,
-        champion: String,
-        mut rest: Vec<String>,
-        now: Duration,
-        actions: &mut Vec<Action>,
-    ) {
-        if rest.is_empty() {
-            return self.choose(&champion, now, actions);
-        }
-        self.tell_judge(actions);
-        let challenger = rest.remove(0);
-        // In canonical order, so that the pair is the same pair whatever came first.
-        let (first, second) = self.pair(&champion, &challenger);
-        let text = |key: &str| {
-            let representative = self.group(key).map(|group| group.representative);
-            representative.map(|attempt| self.text_of(attempt).to_owned()).unwrap_or_default()
-        };
-        actions.push(Action::Compare { first: text(&first), second: text(&second) });
-        self.phase = Phase::Comparing { champion, challenger, rest };
-        self.swapped = self.setup.swap;
-    }
-
-    fn compared(&mut self, milli: i64, now: Duration, actions: &mut Vec<Action>) {
-        let Phase::Comparing { champion, challenger, rest } = &self.phase else { return };
-        let (champion, challenger, rest) = (champion.clone(), challenger.clone(), rest.clone());
-        let (first, second) = self.pair(&champion, &challenger);
-        let winner = match milli {
-            0 => self.prior(&champion, &challenger),
-            1.. => first,
-            _ => second,
-        };
-        self.compare_next(winner, rest, now, actions);
-    }
-
-    fn tell_judge(&mut self, actions: &mut Vec<Action>) {
-        if !std::mem::replace(&mut self.told_judge, true) {
-            actions.push(Action::Tell(FusionProgress::JudgeStart {
-                judge: String::new(),
-                method: self.setup.method,
-            }));
-        }
-    }
-
     fn sources(&self) -> Vec<merge::Source<'_>> {
         let groups = self.groups();
         let of = |attempt: usize| merge::Source {
@@ -693,7 +437,7 @@ impl Plan {
         };
         let mut ballots: Vec<usize> =
             groups.iter().flat_map(|group| group.votes.iter().copied()).collect();
-        ballots.sort_by(|a, b| self.canonical(*a).cmp(&self.canonical(*b)));
+        ballots.sort_by_key(|ballot| self.canonical(*ballot));
         ballots.into_iter().map(of).collect()
     }
 

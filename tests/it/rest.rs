@@ -2,6 +2,7 @@
 
 mod bounds;
 mod disconnect;
+mod fusion;
 mod guard;
 mod home_assistant;
 mod ollama;

@@ -7,7 +7,8 @@ use std::time::Duration;
 use proptest::prelude::*;
 
 use super::*;
-use crate::chat::{AnswerForm, OutputFormat};
+use crate::chat::{AnswerForm, FinishReason, MergeStyle, NoQuorum, OutputFormat};
+use crate::fusion::{Form, Tier};
 
 pub(super) fn form(asked: &AnswerForm) -> Form {
     Form::new(asked, &OutputFormat::Text).expect("valid")

@@ -1,9 +1,8 @@
 //! F5: how often a vote is right, by counting through the plan and by formula.
 
-use super::super::Form;
 use super::{decided, form, setup};
 use crate::chat::AnswerForm;
-use crate::fusion::{arithmetic, weight};
+use crate::fusion::{Form, arithmetic, weight};
 
 /// The probability that the heaviest answer is right: members independent, wrong ones each give one of `wrong`
 /// answers with equal chance, equal sums go to the answer with the heaviest member, equal ones of these to chance.
