@@ -156,13 +156,13 @@ impl Pace {
         self.wanted.saturating_sub(Bytes(room.missing.0.max(self.plan.0 / 10)))
     }
 
-    /// A twentieth of the plan each step, out of what is to spare.
+    /// A twentieth of the plan each step, but at most half of what is to spare: the nearer to yellow, the smaller.
     fn larger(&self, at: Duration, room: Room) -> Bytes {
         let since = |moment: Option<Duration>| {
             moment.is_none_or(|moment| at.saturating_sub(moment) >= STEP_CALM)
         };
-        let step = (self.plan.0 / 20).max(self.most.0 / 100);
-        if !since(self.grown) || !since(self.shrunk) || room.spare.0 < 2 * step {
+        let step = (self.plan.0 / 20).max(self.most.0 / 100).min(room.spare.0 / 2);
+        if !since(self.grown) || !since(self.shrunk) || step < self.plan.0 / 100 {
             return self.wanted;
         }
         self.wanted.saturating_add(Bytes(step)).min(self.most.max(self.wanted))
@@ -295,7 +295,7 @@ mod tests {
         let mut pace = Pace::new(Bytes(1000), Bytes(1200));
         pace.next(SECOND, Rung::Critical, missing(1, 1));
         assert_eq!(pace.play(2, 60, Rung::Yellow, spare(10_000)), Bytes(0));
-        assert_eq!(pace.play(60, 90, Rung::Green, spare(60)), Bytes(0), "too little to spare");
+        assert_eq!(pace.play(60, 90, Rung::Green, spare(15)), Bytes(0), "too little to spare");
         let back = pace.play(90, 240, Rung::Green, spare(10_000));
         assert!(back >= Bytes(1000), "{back:?}");
         assert_eq!(pace.play(240, 600, Rung::Green, spare(10_000)), Bytes(1200));
