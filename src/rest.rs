@@ -12,6 +12,7 @@ mod door;
 mod error;
 mod guard;
 mod keys;
+mod models;
 mod ollama;
 mod openai;
 mod page;
@@ -21,6 +22,7 @@ mod routes;
 
 pub use config::{Config, Limits};
 pub use keys::{KeyError, Keys, Scope};
+pub use models::ModelDoor;
 pub use pool::PoolDoor;
 pub use readiness::Readiness;
 
@@ -57,6 +59,8 @@ pub struct RestParts {
     pub slots: u16,
     /// The other machines, if there is a pool.
     pub pool: Option<PoolDoor>,
+    /// The store, if models are managed over HTTP.
+    pub models: Option<ModelDoor>,
 }
 
 /// A server whose ports are open and which nobody serves yet.
@@ -85,6 +89,7 @@ struct Shared {
     default_deadline: Duration,
     slots: u16,
     pool: Option<PoolDoor>,
+    models: Option<ModelDoor>,
     active: Arc<Active>,
     body_budget: Arc<tokio::sync::Semaphore>,
     connections: Arc<Mutex<HashMap<IpAddr, usize>>>,
@@ -118,6 +123,7 @@ pub fn bind(config: &Config, parts: RestParts) -> io::Result<BoundServer> {
         default_deadline: parts.default_deadline,
         slots: parts.slots,
         pool: parts.pool,
+        models: parts.models,
         active: Arc::default(),
         body_budget: Arc::new(body::budget(&config.limits)),
         connections: Arc::default(),

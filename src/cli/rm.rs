@@ -23,19 +23,24 @@ pub(super) fn run(args: Args) -> anyhow::Result<ExitCode> {
     let config = args.sources.load()?;
     let store = daemon::open_store(&config)?;
     let model = store.find(&args.name)?;
-    if let Some(model) = &model {
-        let configured = config.model.path.as_deref();
-        if configured.is_some_and(|path| super::list::is_of(&store, model, path)) {
-            eprintln!("note: the configuration starts {} (model.path)", model.name);
-        }
-        if !args.yes {
-            let question = format!("Delete {} ({})?", model.name, Bytes(model.bytes));
-            if !super::pull::confirm(&question)? {
-                return Ok(ExitCode::FAILURE);
-            }
-        }
+    let name = model.as_ref().map_or(args.name, |model| model.name.clone());
+    let bytes = match &model {
+        Some(model) => Some(model.bytes),
+        None => store.unfinished()?.iter().find(|part| part.name == name).map(|part| part.bytes),
+    };
+    if let Some(model) = &model
+        && let Some(configured) = config.model.path.as_deref()
+        && super::list::is_of(&store, model, configured)
+    {
+        eprintln!("note: the configuration starts {name} (model.path)");
     }
-    let name = model.map_or(args.name, |model| model.name);
+    // What is not there needs no question.
+    if let Some(bytes) = bytes
+        && !args.yes
+        && !super::pull::confirm(&format!("Delete {name} ({})?", Bytes(bytes)))?
+    {
+        return Ok(ExitCode::FAILURE);
+    }
     let freed = store.remove(&name)?;
     println!("deleted {name}, {} freed", Bytes(freed));
     Ok(ExitCode::SUCCESS)

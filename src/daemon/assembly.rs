@@ -6,7 +6,6 @@ use std::sync::Arc;
 use std::time::UNIX_EPOCH;
 
 use scoutd_kernels::{Isa, Kernels};
-use sha2::{Digest, Sha256};
 
 use super::fitting::{Fitted, fit_and_reserve, streaming_without_ledger};
 use super::{StartError, built_in};
@@ -17,7 +16,7 @@ use crate::gguf::{Gguf, Mapping};
 use crate::memory::{self, Conditions, Ledger, MemoryProbe, Permit, ProcProbe, Watch, WatchParts};
 use crate::metrics::Metrics;
 use crate::model::{self, KvType, Model, ModelOptions, StreamedExperts};
-use crate::store::Fit;
+use crate::store::{Fit, header_digest};
 use crate::template::ChatTemplate;
 use crate::tokenizer::Tokenizer;
 use crate::units::Bytes;
@@ -255,14 +254,6 @@ fn card(
     }
 }
 
-/// SHA-256 over what stands before the tensors' data, in hexadecimal.
-fn digest(mapping: &Mapping) -> String {
-    let bytes = mapping.bytes();
-    let tensors = Gguf::parse(bytes).map(|gguf| gguf.tensors().to_vec()).unwrap_or_default();
-    let header = tensors.iter().map(|tensor| tensor.offset as usize).min().unwrap_or(bytes.len());
-    Sha256::digest(&bytes[..header]).iter().map(|byte| format!("{byte:02x}")).collect()
-}
-
 /// The configured name, else the file's without `.gguf`.
 fn name(config: &Config, path: &Path) -> String {
     if let Some(name) = &config.model.name {
@@ -272,6 +263,12 @@ fn name(config: &Config, path: &Path) -> String {
     let stem =
         if stem.extension().is_some_and(|e| e == "gguf") { stem.with_extension("") } else { stem };
     stem.to_string_lossy().into_owned()
+}
+
+/// Names the model; the file was parsed before, so there is one.
+fn digest(mapping: &Mapping) -> String {
+    let bytes = mapping.bytes();
+    Gguf::parse(bytes).map(|gguf| header_digest(&gguf, bytes)).unwrap_or_default()
 }
 
 /// When the file was last changed; the built-in model is as old as its build, which nobody knows: 0.

@@ -21,7 +21,7 @@ use crate::engine::Local;
 use crate::memory::{Conditions, Rung};
 use crate::mqtt::{self, MqttDoor, MqttError, MqttParts};
 use crate::peer::{Discovery, Pool};
-use crate::rest::{self, BoundServer, Keys, PoolDoor, Readiness, RestParts, StopHandle};
+use crate::rest::{self, BoundServer, Keys, ModelDoor, PoolDoor, Readiness, RestParts, StopHandle};
 
 /// Runs the daemon until it is told to stop. `announce` gets the lines that say how to ask it, once it answers.
 ///
@@ -151,6 +151,14 @@ fn follow_pressure(readiness: &Arc<Readiness>, conditions: &Arc<Conditions>) {
     follow.wake();
 }
 
+/// The store over HTTP. The hub's client is made when it is needed, with the settings of the start.
+/// None where no folder can be had for it.
+fn model_door(config: &Config) -> Option<ModelDoor> {
+    let store = super::open_store(config).ok()?;
+    let config = config.clone();
+    Some(ModelDoor::new(store, move || super::open_hub(&config).map_err(|error| error.to_string())))
+}
+
 fn open_http(
     config: &Config,
     assembly: &Assembly,
@@ -175,6 +183,7 @@ fn open_http(
         default_deadline: Duration::from_secs(config.daemon.deadline_s),
         slots: config.engine.slots,
         pool: Some(pool),
+        models: model_door(config),
     };
     rest::bind(&config.rest, parts).map_err(|source| StartError::Door {
         door: "http",

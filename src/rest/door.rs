@@ -20,7 +20,7 @@ use super::error::Problem;
 use super::guard::Provenance;
 use super::keys::Denied;
 use super::routes::{Endpoint, Route};
-use super::{Shared, active, body, keys, ollama, openai, pool, routes};
+use super::{Shared, active, body, keys, models, ollama, openai, pool, routes};
 use crate::chat::{ChatError, Limits, Origin, RequestId};
 use crate::wire::Caller;
 
@@ -110,9 +110,14 @@ async fn answer(
         Endpoint::Models => Ok(openai::models(shared)),
         Endpoint::Model(name) => openai::model(shared, &name),
         Endpoint::OllamaVersion => Ok(ollama::version()),
-        Endpoint::OllamaTags => Ok(ollama::tags(shared)),
+        Endpoint::OllamaTags => Ok(models::tags(shared).await),
         Endpoint::OllamaPs => Ok(ollama::ps(shared)),
         Endpoint::OllamaShow => ollama::show(shared, &read().await?.bytes),
+        Endpoint::OllamaDelete => models::delete(shared, &read().await?.bytes).await,
+        Endpoint::OllamaPull => {
+            let active = shared.active.enter();
+            models::pull(shared, active, &read().await?.bytes).await
+        }
         Endpoint::PoolCalibrate
         | Endpoint::PoolMember(_)
         | Endpoint::PoolMembers

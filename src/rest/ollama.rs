@@ -51,11 +51,6 @@ pub(super) fn version() -> HttpResponse {
     json(ollama::version())
 }
 
-/// `/api/tags`.
-pub(super) fn tags(shared: &Shared) -> HttpResponse {
-    json(ollama::tags(&shared.router.models()))
-}
-
 /// `/api/ps`. What is installed stays loaded.
 pub(super) fn ps(shared: &Shared) -> HttpResponse {
     json(ollama::ps(&shared.router.models(), SystemTime::now()))

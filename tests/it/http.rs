@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use scoutd::chat::{Backend, Router};
 use scoutd::metrics::Metrics;
-use scoutd::rest::{self, Config, Keys, Readiness, RestParts, StopHandle};
+use scoutd::rest::{self, Config, Keys, ModelDoor, Readiness, RestParts, StopHandle};
 
 /// Longer than anything takes; a test that waits so long fails.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(30);
@@ -35,8 +35,18 @@ impl Server {
     /// With another configuration and the content of a keys file.
     pub(crate) fn start_with(
         backend: impl Backend + 'static,
+        config: Config,
+        keys: &str,
+    ) -> Server {
+        Server::start_managing(backend, config, keys, None)
+    }
+
+    /// With a store of models.
+    pub(crate) fn start_managing(
+        backend: impl Backend + 'static,
         mut config: Config,
         keys: &str,
+        models: Option<ModelDoor>,
     ) -> Server {
         config.listen = vec!["127.0.0.1:0".to_owned()];
         let metrics = Arc::new(Metrics::new());
@@ -50,6 +60,7 @@ impl Server {
             default_deadline: Duration::from_secs(60),
             slots: 4,
             pool: None,
+            models,
         };
         let runtime = tokio::runtime::Builder::new_multi_thread()
             .worker_threads(1)

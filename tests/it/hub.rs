@@ -1,5 +1,6 @@
 //! Pulling models from a hub that behaves and from one that does not: the library, and the real binary.
 
+mod http;
 pub(crate) mod server;
 
 use std::path::Path;
@@ -430,6 +431,47 @@ async fn checkpoints_come_as_a_folder() {
     assert_eq!(second, vec![2; 100_000]);
     assert!(hub.ranges().contains(&"bytes=50000-".to_owned()), "{:?}", hub.ranges());
     here.store.remove("checkpoint").expect("removed");
+}
+
+/// The parts of a split model, with as many tensors as the first one announces.
+fn part(number: u32, tensors: &[&str]) -> Vec<u8> {
+    let mut header = scoutd::gguf::GgufHeader::new(32);
+    if number == 1 {
+        header.str("general.architecture", "house").u32("split.tensors.count", 3);
+    }
+    header.u32("split.no", number - 1);
+    for name in tensors {
+        header.tensor(name, scoutd_kernels::Format::F32, &[1000]);
+    }
+    let mut writer = header.start(Vec::new()).expect("a valid header");
+    for name in tensors {
+        writer.tensor(name, &vec![number as u8; 4000]).expect("announced");
+    }
+    writer.finish().expect("complete")
+}
+
+#[tokio::test]
+async fn a_model_in_parts_becomes_one_file() {
+    let files = vec![
+        Served::large("m-Q4_0-00001-of-00002.gguf", part(1, &["a", "b"])),
+        Served::large("m-Q4_0-00002-of-00002.gguf", part(2, &["c"])),
+    ];
+    let (hub, here) = (FakeHub::start("house/parts", files), Here::new());
+    hub.fail_large(Fault::Cut(usize::MAX));
+    hub.fail_large(Fault::Cut(1000));
+    (0..QUICK.failures_max).for_each(|_| hub.fail_large(Fault::Status(500, "")));
+    here.pull(&hub, "house/parts").await.0.expect_err("given up");
+    assert_eq!(here.files(), ["m-Q4_0.parts"]);
+    let model = here.pull(&hub, "house/parts").await.0.expect("pulled");
+    assert_eq!(here.files(), ["m-Q4_0.gguf"]);
+    assert!(hub.ranges().contains(&"bytes=1000-".to_owned()), "{:?}", hub.ranges());
+    let bytes = std::fs::read(here.store.path(&model)).expect("there");
+    let gguf = scoutd::gguf::Gguf::parse(&bytes).expect("a whole file");
+    let tensors: Vec<(&str, u8)> =
+        gguf.tensors().iter().map(|it| (it.name.as_str(), gguf.data(it)[0])).collect();
+    assert_eq!(tensors, [("a", 1), ("b", 1), ("c", 2)]);
+    let problem = model.facts.problem.expect("no architecture that runs here");
+    assert!(problem.contains("house"), "{problem}");
 }
 
 fn scoutd(hub: &FakeHub, here: &Here, args: &[&str]) -> Command {

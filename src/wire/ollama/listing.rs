@@ -37,9 +37,15 @@ pub fn version() -> Vec<u8> {
     write(&json!({ "version": VERSION }))
 }
 
-/// `/api/tags`: what is installed.
-pub fn tags(cards: &[ModelCard]) -> Vec<u8> {
-    let models: Vec<Value> = cards.iter().map(|card| Value::Object(entry(card))).collect();
+/// `/api/tags`: what is served, then what else is installed. The latter can do nothing until it is served, and its
+/// capabilities say so.
+pub fn tags(served: &[ModelCard], installed: &[ModelCard]) -> Vec<u8> {
+    let resting = installed.iter().map(|card| {
+        let mut entry = entry(card);
+        entry.insert("capabilities".to_owned(), json!([]));
+        entry
+    });
+    let models: Vec<Value> = served.iter().map(entry).chain(resting).map(Value::Object).collect();
     write(&json!({ "models": models }))
 }
 

@@ -84,6 +84,7 @@ impl Node {
             default_deadline: Duration::from_secs(60),
             slots: 4,
             pool: Some(door),
+            models: None,
         };
         let config = rest::Config { listen: vec![listen.to_owned()], ..rest::Config::default() };
         let server = rest::bind(&config, parts).expect("a free port");

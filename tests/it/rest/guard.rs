@@ -117,6 +117,7 @@ fn an_open_lan_must_be_meant() {
         default_deadline: std::time::Duration::from_secs(1),
         slots: 1,
         pool: None,
+        models: None,
     };
     let config = Config { listen: vec!["0.0.0.0:0".to_owned()], ..Config::default() };
     let error = rest::bind(&config, parts()).err().expect("refused").to_string();
