@@ -1,21 +1,25 @@
 //! AVX-512 with VNNI: a row of weights in each lane.
 //!
-//! Sixteen rows are read at once: 16 bytes of each become four registers whose lane `r` holds four values of row `r`
-//! (a 4 x 4 transposition inside the 128-bit lanes). So a broadcast of four activations meets sixteen rows in one
-//! `vpdpbusd`, block sums need no horizontal addition, scales are one vector for sixteen rows, and blocks are added in
-//! the order of the row: the results equal those of the scalar reference bit for bit. `vpdpbusd` multiplies unsigned
-//! by signed bytes: weights stay unsigned, their offset times the sum of the activations is taken off.
+//! Sixteen rows are read at once, a row (or, while products are summed, a quarter of its block) in each lane, so scales
+//! are one vector for sixteen rows, and blocks are added in the order of the row: the results equal those of the scalar
+//! reference bit for bit. `vpdpbusd` multiplies unsigned by signed bytes: weights stay unsigned, their offset times the
+//! sum of the activations is taken off.
 //!
-//! Few tokens (decode): weights go from memory through registers. Many (prefill): 256 columns of sixteen rows are
-//! unpacked once into a panel of 4 KiB and meet up to [`TOKENS`] tokens, eight at a time.
+//! Few tokens (decode): the bytes of four rows fill a register as they come from memory and meet sixteen activations,
+//! repeated; the four lanes of a row are added after the products. Many (prefill): 256 columns of sixteen rows are
+//! unpacked once into a panel of 4 KiB, lane `r` of a register holding four values of row `r` (a 4 x 4 transposition
+//! inside the 128-bit lanes), so that a broadcast of four activations meets sixteen rows and no lanes are added. A panel
+//! meets up to [`TOKENS`] tokens, eight at a time.
 
 #![allow(clippy::wildcard_imports, reason = "intrinsics")]
 
+use std::arch::asm;
 use std::arch::x86_64::*;
 
 use super::avx512_floats::{product_bf16, product_f16, product_f32};
 use super::avx512_k::{product_q4_k, product_q5_k, product_q6_k};
 use super::rows::{Blocks, Group, Padded};
+use crate::activations::Activations;
 use crate::format::Format;
 use crate::table::{Piece, Table};
 
@@ -100,6 +104,61 @@ pub(super) fn store(group: &Group<'_, LANES>, token: usize, sums: __m512) {
     unsafe { _mm512_mask_storeu_ps(at, mask, sums) }
 }
 
+/// `at`, of which the compiler knows nothing: it would keep sixteen addresses, more than there are registers, instead
+/// of four, to which the multiples of a stride are added for nothing.
+#[inline]
+fn opaque(at: *const u8) -> *const u8 {
+    let mut address = at.addr();
+    // SAFETY: no instruction.
+    unsafe {
+        asm!("/* {0} */", inout(reg) address, options(pure, nomem, nostack, preserves_flags))
+    };
+    at.with_addr(address)
+}
+
+/// 16 bytes of each row: register `k` has those of the rows `k`, `k + 4`, `k + 8`, `k + 12`.
+///
+/// # Safety
+/// Sixteen bytes can be read at each row of `blocks`.
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
+unsafe fn quads<const FEW_ADDRESSES: bool>(blocks: Blocks) -> [__m512i; 4] {
+    let fours = [0, 1, 2, 3].map(|k| {
+        let at = blocks.at.wrapping_add(k * blocks.stride);
+        if FEW_ADDRESSES { opaque(at) } else { at }
+    });
+    let load = |row: usize| {
+        let at = fours[row % 4].wrapping_add((row - row % 4) * blocks.stride).cast();
+        // SAFETY: the caller's promise.
+        unsafe { _mm_loadu_si128(at) }
+    };
+    // In two halves: an insertion costs by the width of its register.
+    let pair =
+        |row: usize| _mm256_inserti128_si256::<1>(_mm256_castsi128_si256(load(row)), load(row + 4));
+    let quad =
+        |row: usize| _mm512_inserti64x4::<1>(_mm512_castsi256_si512(pair(row)), pair(row + 8));
+    [quad(0), quad(1), quad(2), quad(3)]
+}
+
+/// Lane `r` = the sum of the four lanes that belong to row `r`, the rows lying as in [`quads`].
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
+fn sums_of_quads([a, b, c, d]: [__m512i; 4]) -> __m512i {
+    let ab = _mm512_add_epi32(_mm512_unpacklo_epi32(a, b), _mm512_unpackhi_epi32(a, b));
+    let cd = _mm512_add_epi32(_mm512_unpacklo_epi32(c, d), _mm512_unpackhi_epi32(c, d));
+    _mm512_add_epi32(_mm512_unpacklo_epi64(ab, cd), _mm512_unpackhi_epi64(ab, cd))
+}
+
+/// The same for sums that fit into 15 bits.
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
+fn small_sums_of_quads([a, b, c, d]: [__m512i; 4]) -> __m512i {
+    let ones = _mm512_set1_epi16(1);
+    let ab = _mm512_madd_epi16(_mm512_packs_epi32(a, b), ones);
+    let cd = _mm512_madd_epi16(_mm512_packs_epi32(c, d), ones);
+    _mm512_madd_epi16(_mm512_packs_epi32(ab, cd), ones)
+}
+
 /// 16 bytes of each row: register `k` has in lane `r` the bytes `4 k..4 k + 4` of row `r`.
 ///
 /// # Safety
@@ -107,18 +166,8 @@ pub(super) fn store(group: &Group<'_, LANES>, token: usize, sums: __m512) {
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
 pub(super) unsafe fn columns(blocks: Blocks) -> [__m512i; 4] {
-    let load = |row: usize| {
-        let at = blocks.at.wrapping_add(row * blocks.stride).cast();
-        // SAFETY: the caller's promise.
-        unsafe { _mm_loadu_si128(at) }
-    };
-    let every_fourth = |row: usize| {
-        let z = _mm512_castsi128_si512(load(row));
-        let z = _mm512_inserti32x4::<1>(z, load(row + 4));
-        let z = _mm512_inserti32x4::<2>(z, load(row + 8));
-        _mm512_inserti32x4::<3>(z, load(row + 12))
-    };
-    let (a, b, c, d) = (every_fourth(0), every_fourth(1), every_fourth(2), every_fourth(3));
+    // SAFETY: the caller's promise.
+    let [a, b, c, d] = unsafe { quads::<false>(blocks) };
     let (ab_low, cd_low) = (_mm512_unpacklo_epi32(a, b), _mm512_unpacklo_epi32(c, d));
     let (ab_high, cd_high) = (_mm512_unpackhi_epi32(a, b), _mm512_unpackhi_epi32(c, d));
     [
@@ -228,35 +277,222 @@ fn add<const KIND: u8>(
     }
 }
 
+/// What stands before the levels of the blocks of a panel: for each block sixteen scales, or (Q4_1) sixteen times scale
+/// and minimum.
+///
+/// It is gathered by the general registers, which have nothing else to do, and meets the vector registers in memory, a
+/// panel before it is needed: what was just written in small pieces cannot be read at once in a large one.
+#[derive(Clone, Copy)]
+struct Heads([[u16; 2 * LANES]; BLOCKS]);
+
+/// `gather!(load, step, value, at, to)`: moves the first bytes of sixteen rows to `to`, `step` bytes apart. In assembly,
+/// as the compiler would gather them in vector registers.
+macro_rules! gather {
+    ($load:literal, $step:literal, $value:literal, $blocks:expr, $to:expr) => {{
+        let Blocks { at, stride } = $blocks;
+        asm!(
+            concat!($load, "[{a}]"), concat!("mov [{to} + 0 * ", $step, "], ", $value),
+            concat!($load, "[{b}]"), concat!("mov [{to} + 1 * ", $step, "], ", $value),
+            concat!($load, "[{c}]"), concat!("mov [{to} + 2 * ", $step, "], ", $value),
+            concat!($load, "[{d}]"), concat!("mov [{to} + 3 * ", $step, "], ", $value),
+            concat!($load, "[{a} + 4 * {s}]"), concat!("mov [{to} + 4 * ", $step, "], ", $value),
+            concat!($load, "[{b} + 4 * {s}]"), concat!("mov [{to} + 5 * ", $step, "], ", $value),
+            concat!($load, "[{c} + 4 * {s}]"), concat!("mov [{to} + 6 * ", $step, "], ", $value),
+            concat!($load, "[{d} + 4 * {s}]"), concat!("mov [{to} + 7 * ", $step, "], ", $value),
+            concat!($load, "[{a} + 8 * {s}]"), concat!("mov [{to} + 8 * ", $step, "], ", $value),
+            concat!($load, "[{b} + 8 * {s}]"), concat!("mov [{to} + 9 * ", $step, "], ", $value),
+            concat!($load, "[{c} + 8 * {s}]"), concat!("mov [{to} + 10 * ", $step, "], ", $value),
+            concat!($load, "[{d} + 8 * {s}]"), concat!("mov [{to} + 11 * ", $step, "], ", $value),
+            concat!($load, "[{a} + 4 * {s3}]"), concat!("mov [{to} + 12 * ", $step, "], ", $value),
+            concat!($load, "[{b} + 4 * {s3}]"), concat!("mov [{to} + 13 * ", $step, "], ", $value),
+            concat!($load, "[{c} + 4 * {s3}]"), concat!("mov [{to} + 14 * ", $step, "], ", $value),
+            concat!($load, "[{d} + 4 * {s3}]"), concat!("mov [{to} + 15 * ", $step, "], ", $value),
+            t = out(reg) _,
+            a = in(reg) at,
+            b = in(reg) at.wrapping_add(stride),
+            c = in(reg) at.wrapping_add(2 * stride),
+            d = in(reg) at.wrapping_add(3 * stride),
+            s = in(reg) stride,
+            s3 = in(reg) 3 * stride,
+            to = in(reg) $to,
+            options(nostack, preserves_flags),
+        );
+    }};
+}
+
+impl Heads {
+    /// Gathers those of block `i` of the panel that begins at `panel`.
+    ///
+    /// # Safety
+    /// That block can be read at each row.
+    #[inline]
+    #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
+    unsafe fn gather<const KIND: u8>(&mut self, panel: Blocks, i: usize) {
+        let block = panel.offset(i * format(KIND).block_bytes());
+        let to = self.0[i].as_mut_ptr();
+        // SAFETY: a block begins with two bytes of scale, of Q4_1 four bytes of scale and minimum; `to` has room for
+        // sixteen times four.
+        unsafe {
+            if KIND == Q4_1 {
+                gather!("mov {t:e}, ", "4", "{t:e}", block, to);
+            } else {
+                gather!("movzx {t:e}, word ptr ", "2", "{t:x}", block, to);
+            }
+        }
+    }
+
+    /// The scales of block `i`, and its minima (Q4_1).
+    #[inline]
+    #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
+    fn read<const KIND: u8>(&self, i: usize) -> [__m512; 2] {
+        let at = self.0[i].as_ptr();
+        // SAFETY: 32 or 64 bytes of the 64.
+        unsafe {
+            if KIND == Q4_1 {
+                let words = _mm512_loadu_si512(at.cast());
+                [words, _mm512_srli_epi32::<16>(words)]
+                    .map(|z| _mm512_cvtph_ps(_mm512_cvtepi32_epi16(z)))
+            } else {
+                [_mm512_cvtph_ps(_mm256_loadu_si256(at.cast())), _mm512_setzero_ps()]
+            }
+        }
+    }
+}
+
+/// One token's activations.
+#[derive(Clone, Copy)]
+struct Token {
+    levels: *const i8,
+    scales: *const f32,
+    sums: *const i32,
+    scaled_sums: *const f32,
+}
+
+impl Token {
+    #[inline]
+    fn new(x: &Activations, t: usize) -> Token {
+        Token {
+            levels: x.levels_of(t).as_ptr(),
+            scales: x.scales_of(t).as_ptr(),
+            sums: x.sums_of(t).as_ptr(),
+            scaled_sums: x.scaled_sums_of(t).as_ptr(),
+        }
+    }
+
+    /// What block `block` of the weights adds to the sum of this token. They lie as [`quads`] lays them.
+    ///
+    /// # Safety
+    /// The token has that block.
+    #[inline]
+    #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
+    unsafe fn add<const KIND: u8>(&self, block: usize, weights: &Unpacked, sum: __m512) -> __m512 {
+        // SAFETY: the caller's promise.
+        unsafe {
+            let levels = self.levels.add(32 * block).cast();
+            let low = _mm512_broadcast_i32x4(_mm_loadu_si128(levels));
+            let high = _mm512_broadcast_i32x4(_mm_loadu_si128(levels.add(1)));
+            let dots = [0, 1, 2, 3].map(|k| {
+                let dots = _mm512_dpbusd_epi32(_mm512_setzero_si512(), weights.levels[k], low);
+                _mm512_dpbusd_epi32(dots, weights.levels[4 + k], high)
+            });
+            let mut dots =
+                if KIND == Q8_0 { sums_of_quads(dots) } else { small_sums_of_quads(dots) };
+            if KIND != Q4_1 {
+                // The sum of the levels fits into the low half of its word: so this takes off `offset * sum`.
+                let offset = if KIND == Q4_0 { -8 } else { -128 };
+                let sum = _mm512_set1_epi32(*self.sums.add(block));
+                dots = _mm512_dpwssd_epi32(dots, _mm512_set1_epi32(offset & 0xffff), sum);
+            }
+            let scales = _mm512_mul_ps(weights.scales, _mm512_set1_ps(*self.scales.add(block)));
+            let sum = _mm512_fmadd_ps(scales, _mm512_cvtepi32_ps(dots), sum);
+            if KIND == Q4_1 {
+                let scaled = _mm512_set1_ps(*self.scaled_sums.add(block));
+                _mm512_fmadd_ps(weights.minima, scaled, sum)
+            } else {
+                sum
+            }
+        }
+    }
+}
+
 /// All of `T` tokens, weights from memory to registers.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
 fn few<const KIND: u8, const T: usize>(group: &Group<'_, LANES>) {
-    let piece = group.piece;
-    let (cols, bytes) = (piece.x.cols(), format(KIND).block_bytes());
-    let levels: [*const i8; T] = std::array::from_fn(|t| piece.x.levels_of(t).as_ptr());
+    let (count, bytes) = (group.piece.x.cols() / 32, format(KIND).block_bytes());
+    let tokens: [Token; T] = std::array::from_fn(|t| Token::new(group.piece.x, t));
     let mut padded = Padded::new();
+    let panel = |first: usize, padded: &mut Padded| {
+        group.bytes(first * bytes, BLOCKS.min(count - first) * bytes, padded)
+    };
+    let mut heads = [Heads([[0; 2 * LANES]; BLOCKS]); 2];
     let mut sums = [_mm512_setzero_ps(); T];
-    for first in (0..cols / 32).step_by(BLOCKS) {
-        let last = (first + BLOCKS).min(cols / 32);
-        let blocks = group.blocks(first * bytes, (last - first) * bytes, &mut padded);
-        for block in first..last {
-            // SAFETY: a block of each row inside the bytes that `blocks` asked for.
-            let weights = unsafe { unpack::<KIND>(blocks.offset((block - first) * bytes)) };
-            for t in 0..T {
-                let mut dots = _mm512_setzero_si512();
-                for (k, w) in weights.levels.iter().enumerate() {
-                    // SAFETY: inside the levels of the token, `block` being below `cols / 32`.
-                    let x = unsafe { broadcast(levels[t].add(32 * block + 4 * k)) };
-                    dots = _mm512_dpbusd_epi32(dots, *w, x);
+    let mut blocks = panel(0, &mut padded);
+    // The copy of a padded group holds one panel: there heads are gathered when they are needed.
+    let early = group.rows == LANES;
+    for i in 0..BLOCKS.min(count) {
+        // SAFETY: a block of each row inside the bytes of the panel.
+        unsafe { heads[0].gather::<KIND>(blocks, i) };
+    }
+    for first in (0..count).step_by(BLOCKS) {
+        let len = BLOCKS.min(count - first);
+        let next_len = BLOCKS.min(count - first - len);
+        let [even, odd] = &mut heads;
+        let is_even = (first / BLOCKS).is_multiple_of(2);
+        let (now, later) = if is_even { (even, odd) } else { (odd, even) };
+        let next = if early && next_len > 0 { panel(first + len, &mut padded) } else { blocks };
+        for i in 0..len {
+            group.prefetch((first + i) * bytes, bytes);
+            // SAFETY: blocks inside the bytes of this panel and the next.
+            let weights = unsafe {
+                if early && i < next_len {
+                    later.gather::<KIND>(next, i);
                 }
-                sums[t] = add::<KIND>(piece, (t, block), &weights, dots, sums[t]);
+                unpack_quads::<KIND>(blocks.offset(i * bytes), now, i)
+            };
+            for (token, sum) in tokens.iter().zip(&mut sums) {
+                // SAFETY: the rows have as many blocks as the tokens.
+                *sum = unsafe { token.add::<KIND>(first + i, &weights, *sum) };
             }
+        }
+        if !early && next_len > 0 {
+            blocks = panel(first + len, &mut padded);
+            for i in 0..next_len {
+                // SAFETY: as above.
+                unsafe { later.gather::<KIND>(blocks, i) };
+            }
+        } else {
+            blocks = next;
         }
     }
     for (t, sum) in sums.into_iter().enumerate() {
         store(group, t, sum);
     }
+}
+
+/// One block of sixteen rows, as [`quads`] lays them: the first sixteen levels in four registers, the others in four.
+///
+/// # Safety
+/// A block can be read at each row of `blocks`.
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
+unsafe fn unpack_quads<const KIND: u8>(blocks: Blocks, heads: &Heads, i: usize) -> Unpacked {
+    let [scales, minima] = heads.read::<KIND>(i);
+    // SAFETY: the three layouts have 2 (Q4_1: 4) bytes of halves, then 16 (Q8_0: 32) bytes of levels.
+    let levels = unsafe {
+        if KIND == Q8_0 {
+            let sign = _mm512_set1_epi8(i8::MIN);
+            let [a, b, c, d] = quads::<true>(blocks.offset(2));
+            let [e, f, g, h] = quads::<true>(blocks.offset(18));
+            [a, b, c, d, e, f, g, h].map(|z| _mm512_xor_si512(z, sign))
+        } else {
+            let quads = quads::<true>(blocks.offset(if KIND == Q4_1 { 4 } else { 2 }));
+            let [a, b, c, d] = quads.map(|z| low_nibbles(z));
+            let [e, f, g, h] = quads.map(|z| high_nibbles(z));
+            [a, b, c, d, e, f, g, h]
+        }
+    };
+    Unpacked { levels, scales, minima }
 }
 
 /// Any number of tokens: panels of 256 columns.

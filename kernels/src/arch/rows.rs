@@ -38,14 +38,31 @@ impl<'a, const LANES: usize> Group<'a, LANES> {
         Group { piece, first, rows: LANES.min(piece.rows - first) }
     }
 
-    /// The bytes `start..start + len` of all rows; `len` is at most [`PADDED_BYTES`].
+    /// The bytes `start..start + len` of all rows; `len` is at most [`PADDED_BYTES`]. Asks for those of the next rows.
     #[inline]
     pub(super) fn blocks(&self, start: usize, len: usize, padded: &mut Padded) -> Blocks {
+        self.prefetch(start, len);
+        self.bytes(start, len, padded)
+    }
+
+    /// Asks for what the next rows need, a share as large as the bytes `start..start + len` of these. Rather often and
+    /// little: the processor forgets what it is asked for while some twenty lines are on their way.
+    #[inline]
+    pub(super) fn prefetch(&self, start: usize, len: usize) {
+        let stride = self.piece.row_bytes;
+        if self.rows == LANES {
+            let at = self.first * stride + LANES * (stride + start) + AHEAD;
+            prefetch(self.piece.weights.as_ptr().wrapping_add(at), LANES * len);
+        }
+    }
+
+    /// As [`Group::blocks`], but asks for nothing.
+    #[inline]
+    pub(super) fn bytes(&self, start: usize, len: usize, padded: &mut Padded) -> Blocks {
         let stride = self.piece.row_bytes;
         if self.rows == LANES {
             let rows = &self.piece.weights[self.first * stride..][..LANES * stride];
             assert!(start + len <= stride, "inside of a row");
-            prefetch(rows.as_ptr().wrapping_add(LANES * (stride + start) + AHEAD), LANES * len);
             return Blocks { at: rows[start..].as_ptr(), stride };
         }
         for (row, to) in padded.0.chunks_exact_mut(PADDED_BYTES).take(self.rows).enumerate() {
