@@ -396,6 +396,8 @@ impl Drop for Ticket {
 
 fn card(name: &str, model: Option<&NodeModel>) -> ModelCard {
     let model = model.cloned().unwrap_or_default();
+    // A server that does not tell its context bounds nobody's.
+    let context_tokens = Some(model.context_tokens).filter(|tokens| *tokens > 0).unwrap_or(u32::MAX);
     ModelCard {
         name: ModelName::new(name),
         architecture: model.architecture,
@@ -404,8 +406,8 @@ fn card(name: &str, model: Option<&NodeModel>) -> ModelCard {
         file_bytes: 0,
         digest: model.digest,
         modified_unix_s: 0,
-        context_tokens: model.context_tokens,
-        trained_context_tokens: model.context_tokens,
+        context_tokens,
+        trained_context_tokens: context_tokens,
         embedding_len: 0,
         vocabulary_len: 0,
         template: String::new(),
