@@ -10,12 +10,15 @@ mod discovery;
 mod door;
 mod link;
 mod outbox;
+mod queue;
 mod requests;
 mod telemetry;
 mod tls;
 mod topics;
 mod v311;
 mod v5;
+
+pub use self::queue::PoolLine;
 
 use std::fmt;
 use std::io;
@@ -35,7 +38,8 @@ use crate::metrics::Metrics;
 use self::broker::{EmbeddedBroker, Login};
 use self::door::Door;
 use self::link::{LinkOptions, Protocol};
-use self::topics::Topics;
+use self::queue::{Queue, QueueParts};
+use self::topics::{PoolTopics, Topics};
 
 /// Settings of the MQTT door.
 #[derive(Clone, Debug, PartialEq, Deserialize)]
@@ -128,6 +132,8 @@ pub struct MqttParts {
     pub info: Map<String, Value>,
     /// The contents of the configured files.
     pub secrets: Secrets,
+    /// The pool's line of requests, if this node takes from it.
+    pub line: Option<PoolLine>,
 }
 
 /// The contents of `password_file` and `ca_file`.
@@ -289,6 +295,7 @@ pub struct MqttDoor {
     embedded: Option<EmbeddedBroker>,
     stop: Option<oneshot::Sender<()>>,
     task: JoinHandle<()>,
+    queue: Option<(oneshot::Sender<()>, JoinHandle<()>)>,
 }
 
 impl MqttDoor {
@@ -310,6 +317,12 @@ impl MqttDoor {
     /// Ends what runs with `draining`, says `offline` and goodbye, and stops the embedded broker. Bounded to a few
     /// seconds.
     pub async fn stop(mut self) {
+        if let Some((stop, mut task)) = self.queue.take() {
+            let _ = stop.send(());
+            if tokio::time::timeout(STOP_TIMEOUT, &mut task).await.is_err() {
+                task.abort();
+            }
+        }
         if let Some(stop) = self.stop.take() {
             // The task may have ended by itself.
             let _ = stop.send(());
@@ -326,6 +339,9 @@ impl MqttDoor {
 impl Drop for MqttDoor {
     fn drop(&mut self) {
         self.task.abort();
+        if let Some((_, task)) = &self.queue {
+            task.abort();
+        }
     }
 }
 
@@ -367,13 +383,44 @@ pub async fn start(config: Config, parts: MqttParts) -> Result<MqttDoor, MqttErr
         will_topic: topics.own("availability"),
         will_payload: "offline",
         receive_max: config.requests_max,
+        keeps_session: true,
         filters,
     };
+    let queue = parts.line.clone().map(|line| open_line(&config, &options, &topics, &parts, line));
     let topic_root = topics.root().to_owned();
     let (stop, stopped) = oneshot::channel();
     let door = Door::new(config, topics, options, parts, embedded.is_some());
     let task = tokio::spawn(door.run(stopped));
-    Ok(MqttDoor { topic_root, broker, embedded, stop: Some(stop), task })
+    Ok(MqttDoor { topic_root, broker, embedded, stop: Some(stop), task, queue })
+}
+
+/// Opens the pool's line on a connection of its own.
+fn open_line(
+    config: &Config,
+    door: &LinkOptions,
+    topics: &Topics,
+    parts: &MqttParts,
+    line: PoolLine,
+) -> (oneshot::Sender<()>, JoinHandle<()>) {
+    let topics = PoolTopics::new(&config.base, line.pool.name(), topics.node());
+    let options = LinkOptions {
+        client_id: format!("{}-pool", door.client_id),
+        will_topic: topics.status(),
+        receive_max: 1,
+        keeps_session: false,
+        filters: topics.filters(),
+        ..door.clone()
+    };
+    let (stop, stopped) = oneshot::channel();
+    let queue = Queue::new(QueueParts {
+        topics,
+        options,
+        line,
+        router: parts.router.clone(),
+        metrics: Arc::clone(&parts.metrics),
+        default_deadline: Duration::from_secs(config.deadline_s),
+    });
+    (stop, tokio::spawn(queue.run(stopped)))
 }
 
 /// How to reach our own broker: an unspecified address is no destination.

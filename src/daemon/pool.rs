@@ -43,6 +43,14 @@ pub(super) fn open(
         .map_err(|error| StartError::Config(format!("fusion: {error}")))
 }
 
+/// Where other machines reach this one, if they can: an address that is bound to a network. One that is bound to all
+/// of them is not known by number here.
+pub(super) fn url(http: &[SocketAddr]) -> Option<String> {
+    let reachable =
+        |address: &&SocketAddr| !address.ip().is_loopback() && !address.ip().is_unspecified();
+    http.iter().find(reachable).map(|address| format!("http://{address}"))
+}
+
 /// Announces this node and looks for others, if that is wished. A network without multicast is no reason not to
 /// start: members can be named.
 pub(super) fn discover(

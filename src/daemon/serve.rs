@@ -19,7 +19,7 @@ use crate::chat::Backend;
 use crate::config::Config;
 use crate::engine::Local;
 use crate::memory::{Conditions, Rung};
-use crate::mqtt::{self, MqttDoor, MqttError, MqttParts};
+use crate::mqtt::{self, MqttDoor, MqttError, MqttParts, PoolLine};
 use crate::peer::{Discovery, Pool};
 use crate::rest::{self, BoundServer, Keys, ModelDoor, PoolDoor, Readiness, RestParts, StopHandle};
 
@@ -98,7 +98,12 @@ impl Doors {
             handle
         });
         let mqtt = if config.mqtt.enabled {
-            Some(open_mqtt(config, assembly, addresses.first().copied()).await?)
+            let line = config.fusion.mqtt.then(|| PoolLine {
+                pool: Arc::clone(&pool),
+                at_once: config.engine.slots,
+                url: pool::url(&addresses),
+            });
+            Some(open_mqtt(config, assembly, addresses.first().copied(), line).await?)
         } else {
             None
         };
@@ -196,6 +201,7 @@ async fn open_mqtt(
     config: &Config,
     assembly: &Assembly,
     http: Option<SocketAddr>,
+    line: Option<PoolLine>,
 ) -> Result<MqttDoor, StartError> {
     let mut info = Map::new();
     info.insert("os".to_owned(), json!(facts::operating_system()));
@@ -213,6 +219,7 @@ async fn open_mqtt(
         url,
         info,
         secrets: config.mqtt.read_secrets().map_err(mqtt_error)?,
+        line,
     };
     mqtt::start(config.mqtt.clone(), parts).await.map_err(mqtt_error)
 }

@@ -694,10 +694,10 @@ impl Door {
 }
 
 /// When to connect again, and in which version.
-struct Retry {
+pub(super) struct Retry {
     choice: ProtocolChoice,
     protocol: Protocol,
-    at: time::Instant,
+    pub(super) at: time::Instant,
     /// Failures in a row.
     failures: u32,
     /// Aborted answers to CONNECT in a row, in this version.
@@ -705,14 +705,20 @@ struct Retry {
 }
 
 impl Retry {
-    fn new(choice: ProtocolChoice) -> Retry {
+    pub(super) fn new(choice: ProtocolChoice) -> Retry {
         let at = time::Instant::now();
         Retry { choice, protocol: choice.first(), at, failures: 0, aborts: 0 }
     }
 
     /// Chooses the next attempt after a failure; `lasted` is how long the connection had stood. `luck` in 0..1
     /// spreads attempts of several machines.
-    fn failed(&mut self, fault: &Fault, lasted: Option<Duration>, now: time::Instant, luck: f32) {
+    pub(super) fn failed(
+        &mut self,
+        fault: &Fault,
+        lasted: Option<Duration>,
+        now: time::Instant,
+        luck: f32,
+    ) {
         // One that stood for a moment only (another machine takes our name) is a failure like any other.
         if lasted.is_some_and(|lasted| lasted >= STABLE_AFTER) {
             self.failures = 0;
@@ -731,7 +737,7 @@ impl Retry {
     }
 }
 
-async fn next_event(link: &mut Option<Link>) -> LinkEvent {
+pub(super) async fn next_event(link: &mut Option<Link>) -> LinkEvent {
     match link {
         Some(link) => link.event().await,
         None => pending().await,
@@ -745,7 +751,7 @@ async fn sleep_until(at: Option<time::Instant>) {
     }
 }
 
-fn chat_request(
+pub(super) fn chat_request(
     body: &[u8],
     caller: &Caller,
     priority: crate::chat::Priority,
@@ -760,7 +766,7 @@ fn chat_request(
 }
 
 /// The client's id, else the correlation data in hex if it is short enough, else one of ours.
-fn request_id(delivery: &Delivery, pairing: &Pairing) -> RequestId {
+pub(super) fn request_id(delivery: &Delivery, pairing: &Pairing) -> RequestId {
     let correlation = || {
         let data = delivery.correlation.as_deref().filter(|data| !data.is_empty())?;
         let hex: String = data.iter().take(33).map(|byte| format!("{byte:02x}")).collect();
@@ -769,7 +775,7 @@ fn request_id(delivery: &Delivery, pairing: &Pairing) -> RequestId {
     pairing.request_id().or_else(correlation).unwrap_or_else(RequestId::random)
 }
 
-fn echo(pairing: &Pairing, id: &RequestId) -> Echo {
+pub(super) fn echo(pairing: &Pairing, id: &RequestId) -> Echo {
     let id = pairing.id.clone().unwrap_or_else(|| id.as_str().into());
     Echo { id, transaction: pairing.transaction.clone() }
 }

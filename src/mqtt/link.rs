@@ -30,6 +30,8 @@ pub(super) struct LinkOptions {
     pub(super) will_payload: &'static str,
     /// How many unacknowledged messages the broker may have given us.
     pub(super) receive_max: u16,
+    /// Whether the broker keeps our session while we are away.
+    pub(super) keeps_session: bool,
     /// What we subscribe to at each connect.
     pub(super) filters: Vec<String>,
 }

@@ -13,6 +13,70 @@ pub(super) struct Topics {
     answer_prefixes: Vec<String>,
 }
 
+/// Topics of the pool's line, under `<base>/pool/<pool>`.
+#[derive(Clone, Debug)]
+pub(super) struct PoolTopics {
+    root: String,
+    pool: String,
+    node: String,
+}
+
+impl PoolTopics {
+    /// `pool` and `node` were checked: they hold nothing that a topic cannot.
+    pub(super) fn new(base: &str, pool: &str, node: &str) -> PoolTopics {
+        let root = format!("{}/pool/{pool}", base.trim_end_matches('/'));
+        PoolTopics { root, pool: pool.to_owned(), node: node.to_owned() }
+    }
+
+    /// The node's name.
+    pub(super) fn node(&self) -> &str {
+        &self.node
+    }
+
+    /// Requests are shared: each reaches one node. Cancels and capacities reach all.
+    pub(super) fn filters(&self) -> Vec<String> {
+        vec![
+            format!("$share/scoutd-{}/{}/request/chat", self.pool, self.root),
+            format!("{}/request/cancel", self.root),
+            format!("{}/member/+/capacity", self.root),
+        ]
+    }
+
+    /// Where answers go that name no topic of their own.
+    pub(super) fn response(&self, id: &str) -> String {
+        format!("{}/response/{id}", self.root)
+    }
+
+    /// Whether a client may have its answer published there.
+    pub(super) fn is_answer(&self, topic: &str) -> bool {
+        let own = format!("{}/response/", self.root);
+        topic.strip_prefix(&own).is_some_and(|rest| !rest.is_empty())
+            && is_plain(topic)
+            && topic.len() <= ANSWER_TOPIC_BYTES_MAX
+    }
+
+    /// `online` or `offline`, retained.
+    pub(super) fn status(&self) -> String {
+        format!("{}/member/{}/status", self.root, self.node)
+    }
+
+    /// What this node can do now, retained.
+    pub(super) fn capacity(&self) -> String {
+        format!("{}/member/{}/capacity", self.root, self.node)
+    }
+
+    /// Whose capacity arrives on `topic`.
+    pub(super) fn capacity_of(&self, topic: &str) -> Option<String> {
+        let node = topic.strip_prefix(&self.root)?.strip_prefix("/member/")?;
+        node.strip_suffix("/capacity").filter(|node| is_node(node)).map(str::to_owned)
+    }
+
+    /// Whether `topic` asks to cancel.
+    pub(super) fn is_cancel(&self, topic: &str) -> bool {
+        topic.strip_prefix(&self.root) == Some("/request/cancel")
+    }
+}
+
 /// What a message asks for, by its topic.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Arrival {

@@ -19,8 +19,11 @@ pub(super) fn client(options: &LinkOptions) -> (AsyncClient, EventLoop) {
     mqtt.set_transport(options.transport())
         .set_keep_alive(KEEP_ALIVE)
         .set_connection_timeout(CONNECT_TIMEOUT.as_secs())
-        .set_clean_start(false)
-        .set_session_expiry_interval(Some(whole_seconds(SESSION_EXPIRY)))
+        .set_clean_start(!options.keeps_session)
+        .set_session_expiry_interval(Some(match options.keeps_session {
+            true => whole_seconds(SESSION_EXPIRY),
+            false => 0,
+        }))
         .set_receive_maximum(Some(options.receive_max))
         .set_max_packet_size(Some(INCOMING_BYTES_MAX))
         .set_outgoing_inflight_upper_limit(INFLIGHT_MAX)
@@ -59,7 +62,8 @@ pub(super) fn subscribe(client: &AsyncClient, options: &LinkOptions) -> bool {
     let filters = options.filters.iter().map(|path| Filter {
         path: path.clone(),
         qos: QoS::AtLeastOnce,
-        nolocal: true,
+        // A shared subscription must not ask for that (MQTT 5 §3.8.3.1).
+        nolocal: !path.starts_with("$share/"),
         preserve_retain: true,
         retain_forward_rule: RetainForwardRule::Never,
     });

@@ -21,6 +21,8 @@ pub struct Config {
     pub lan_cidrs: Vec<String>,
     /// Announce this node by mDNS and look for others. Needs the key.
     pub mdns: bool,
+    /// Take requests from the pool's line on the MQTT broker, and find others there.
+    pub mqtt: bool,
     /// Members that are always there.
     pub members: Vec<MemberConfig>,
 }
@@ -33,6 +35,7 @@ impl Default for Config {
             allow_wan: false,
             lan_cidrs: Vec::new(),
             mdns: false,
+            mqtt: false,
             members: Vec::new(),
         }
     }

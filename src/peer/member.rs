@@ -397,7 +397,8 @@ impl Drop for Ticket {
 fn card(name: &str, model: Option<&NodeModel>) -> ModelCard {
     let model = model.cloned().unwrap_or_default();
     // A server that does not tell its context bounds nobody's.
-    let context_tokens = Some(model.context_tokens).filter(|tokens| *tokens > 0).unwrap_or(u32::MAX);
+    let context_tokens =
+        Some(model.context_tokens).filter(|tokens| *tokens > 0).unwrap_or(u32::MAX);
     ModelCard {
         name: ModelName::new(name),
         architecture: model.architecture,

@@ -3,6 +3,7 @@
 //! Answers are a stranger's: what is read is typed and bounded, everything else in them is skipped unread.
 
 mod answer;
+mod line;
 mod node;
 mod owner;
 mod request;
@@ -11,6 +12,7 @@ pub use answer::{
     CallPiece, Piece, UpstreamError, read_ollama_models, read_ollama_piece, read_openai_piece,
     read_top_logprobs,
 };
+pub use line::{Capacity, Claim, capacity, claimed, read_capacity_url};
 pub use node::{
     NodeModel, NodeReport, ScoreBody, node_report, read_node_report, read_score_reply, score_body,
     score_reply,

@@ -3,6 +3,7 @@
 mod broker;
 mod client;
 mod faults;
+mod line;
 mod requests;
 mod script;
 mod state;
@@ -11,7 +12,7 @@ use std::sync::Arc;
 
 use scoutd::chat::Router;
 use scoutd::metrics::Metrics;
-use scoutd::mqtt::{self, Config, MqttDoor, MqttError, MqttParts, Secrets};
+use scoutd::mqtt::{self, Config, MqttDoor, MqttError, MqttParts, PoolLine, Secrets};
 
 use client::Client;
 use script::Script;
@@ -55,6 +56,14 @@ impl House {
     }
 
     async fn try_with(config: Config, secrets: Secrets) -> Result<House, MqttError> {
+        House::with_line(config, secrets, None).await
+    }
+
+    async fn with_line(
+        config: Config,
+        secrets: Secrets,
+        line: Option<PoolLine>,
+    ) -> Result<House, MqttError> {
         let script = Arc::new(Script::default());
         let metrics = Arc::new(Metrics::new());
         let parts = MqttParts {
@@ -66,6 +75,7 @@ impl House {
             url: None,
             info: serde_json::Map::new(),
             secrets,
+            line,
         };
         let door = mqtt::start(config, parts).await?;
         Ok(House { door, script, metrics })
