@@ -108,8 +108,7 @@ class Bench:
             assert status == 200, answer
 
     def ask(self, names: list[str], **options) -> tuple[int, dict, float]:
-        fusion = {"members": [f"{name}/*" for name in names], "n": len(names), "deadline_ms": DEADLINE_MS,
-                  "answer": {"type": "choice", "choices": ["on", "off"]}} | options
+        fusion = {"members": [f"{name}/*" for name in names], "n": len(names), "deadline_ms": DEADLINE_MS} | options
         body = {"model": "fusion", "messages": [{"role": "user", "content": "Is the lamp on or off?"}],
                 "max_tokens": 16, "temperature": 0, "fusion": fusion}
         began = time.monotonic()
