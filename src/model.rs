@@ -160,6 +160,11 @@ pub trait Model: Send {
         None
     }
 
+    /// Bytes of weights that are locked in memory.
+    fn locked_bytes(&self) -> u64 {
+        0
+    }
+
     /// Prompt tokens that a pass should have where there are so many: where each pass reads most of the file, small
     /// pieces would cost as much as large ones.
     fn prefill_tokens_wanted(&self) -> usize {

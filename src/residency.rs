@@ -7,6 +7,7 @@
 mod config;
 mod keeper;
 pub mod pager;
+mod pinned;
 mod plan;
 mod policy;
 mod readers;
@@ -15,6 +16,7 @@ mod source;
 
 pub use config::Config;
 pub use keeper::Keeper;
+pub use pinned::Pinned;
 pub use plan::{ExpertLayer, Needs, Parts, Plan, Refusal, STAGING_EXPERTS, Streaming, plan};
 pub use policy::{HALF_LIFE_TURNS, Policy, best_hits, replay};
 pub use slots::{

@@ -12,7 +12,8 @@ use super::machine;
 use super::options::ConfigOptions;
 use crate::daemon;
 use crate::model::{Batch, BatchRow, LogitsWanted, Model};
-use crate::units::{SlotId, TokenId};
+use crate::residency::SlotStats;
+use crate::units::{Bytes, SlotId, TokenId};
 
 /// What `bench` takes.
 #[derive(ClapArgs, Debug)]
@@ -88,14 +89,23 @@ pub(super) fn run(args: Args) -> anyhow::Result<ExitCode> {
     let longest = args.depth + args.prompt.max(args.generate);
     ensure!(longest <= context, "{longest} tokens exceed the model's context of {context}");
 
+    let slots = opened.model.expert_slots();
+    let stats = || slots.as_ref().map(|slots| slots.stats()).unwrap_or_default();
     let mut bench = Bench { model: opened.model.as_mut(), vocab_len, logits: Vec::new() };
     let mut prefill = Vec::new();
     let mut decode = Vec::new();
+    let mut experts = [Phase::default(), Phase::default()];
     // The first run warms caches and page tables and is not counted.
     for run in 0..=args.runs {
-        let prompt = bench.prefill(args.depth, args.prompt).context("prefill")?;
-        let generate = bench.decode(args.depth, args.generate, args.sequences).context("decode")?;
+        let (prompt, before_prompt) = bench.prefill(args.depth, args.prompt, &stats)?;
+        let after_prompt = stats();
+        let (generate, before_generate) =
+            bench.decode(args.depth, args.generate, args.sequences, &stats)?;
+        let after_generate = stats();
         if run > 0 {
+            let generated = args.generate * u32::from(args.sequences);
+            experts[0].add(args.prompt, prompt, after_prompt.since(&before_prompt));
+            experts[1].add(generated, generate, after_generate.since(&before_generate));
             prefill.push(f64::from(args.prompt) / prompt.as_secs_f64());
             let generated = f64::from(args.generate) * f64::from(args.sequences);
             decode.push(generated / generate.as_secs_f64());
@@ -111,6 +121,9 @@ pub(super) fn run(args: Args) -> anyhow::Result<ExitCode> {
             "prompt_tokens": args.prompt, "generated_tokens": args.generate,
             "depth_tokens": args.depth, "sequences": args.sequences, "runs": args.runs,
             "prefill_tokens_per_s": prefill.json(), "decode_tokens_per_s": decode.json(),
+            "experts": slots.as_ref().map(|_| {
+                json!({"prefill": experts[0].json(), "decode": experts[1].json()})
+            }),
         });
         println!("{report}");
         return Ok(ExitCode::SUCCESS);
@@ -127,7 +140,82 @@ pub(super) fn run(args: Args) -> anyhow::Result<ExitCode> {
             args.runs
         );
     }
+    if slots.is_some() {
+        for (name, phase) in [("prefill", &experts[0]), ("decode", &experts[1])] {
+            println!("{name:<8} {}", phase.line());
+        }
+    }
     Ok(ExitCode::SUCCESS)
+}
+
+/// What the expert slots did in all measured runs of a phase.
+#[derive(Default)]
+struct Phase {
+    tokens: u64,
+    seconds: f64,
+    stats: SlotStats,
+}
+
+impl Phase {
+    fn add(&mut self, tokens: u32, took: Duration, new: SlotStats) {
+        self.tokens += u64::from(tokens);
+        self.seconds += took.as_secs_f64();
+        self.stats = SlotStats {
+            uses: self.stats.uses + new.uses,
+            hits: self.stats.hits + new.hits,
+            ahead_hits: self.stats.ahead_hits + new.ahead_hits,
+            ahead_reads: self.stats.ahead_reads + new.ahead_reads,
+            guesses: self.stats.guesses + new.guesses,
+            right_guesses: self.stats.right_guesses + new.right_guesses,
+            bytes_read: self.stats.bytes_read + new.bytes_read,
+            wait_ns: self.stats.wait_ns + new.wait_ns,
+            busy_ns: self.stats.busy_ns + new.busy_ns,
+            ..new
+        };
+    }
+
+    fn bytes_per_token(&self) -> f64 {
+        self.stats.bytes_read as f64 / self.tokens.max(1) as f64
+    }
+
+    /// While something was being read.
+    fn disk_bytes_per_s(&self) -> f64 {
+        self.stats.bytes_read as f64 / (self.stats.busy_ns as f64 / 1e9).max(1e-9)
+    }
+
+    fn wait_share(&self) -> f64 {
+        self.stats.wait_ns as f64 / 1e9 / self.seconds.max(1e-9)
+    }
+
+    fn busy_share(&self) -> f64 {
+        self.stats.busy_ns as f64 / 1e9 / self.seconds.max(1e-9)
+    }
+
+    fn json(&self) -> serde_json::Value {
+        let SlotStats { slots, held_bytes, uses, hits, bytes_read, direct, .. } = self.stats;
+        json!({
+            "expert_slots": slots, "expert_slot_bytes": held_bytes, "direct": direct,
+            "expert_uses": uses, "expert_hits": hits, "expert_hit_ratio": self.stats.hit_ratio(),
+            "expert_read_bytes": bytes_read, "read_bytes_per_token": self.bytes_per_token(),
+            "wait_share": self.wait_share(), "disk_busy_share": self.busy_share(),
+            "disk_bytes_per_s": self.disk_bytes_per_s(),
+            "guess_ratio": self.stats.guess_ratio(),
+            "ahead_reads": self.stats.ahead_reads, "ahead_hits": self.stats.ahead_hits,
+        })
+    }
+
+    fn line(&self) -> String {
+        format!(
+            "experts in slots {:.1} %, read {} a token, waited {:.0} % of the time, disk busy {:.0} % at {:.0} MB/s, \
+             guesses right {:.0} %",
+            100.0 * self.stats.hit_ratio(),
+            Bytes(self.bytes_per_token() as u64),
+            100.0 * self.wait_share(),
+            100.0 * self.busy_share(),
+            self.disk_bytes_per_s() / 1e6,
+            100.0 * self.stats.guess_ratio(),
+        )
+    }
 }
 
 struct Bench<'a> {
@@ -137,22 +225,36 @@ struct Bench<'a> {
 }
 
 impl Bench<'_> {
-    /// Time to read a prompt of `tokens` tokens after `depth` others.
-    fn prefill(&mut self, depth: u32, tokens: u32) -> anyhow::Result<Duration> {
+    /// Time to read a prompt of `tokens` tokens after `depth` others, and what the expert slots had done before.
+    fn prefill(
+        &mut self,
+        depth: u32,
+        tokens: u32,
+        stats: &impl Fn() -> SlotStats,
+    ) -> anyhow::Result<(Duration, SlotStats)> {
         let slot = SlotId(0);
         self.model.clear(slot);
-        self.feed(slot, depth)?;
+        self.feed(slot, depth).context("prefill")?;
+        let before = stats();
         let start = Instant::now();
-        self.feed(slot, tokens)?;
-        Ok(start.elapsed())
+        self.feed(slot, tokens).context("prefill")?;
+        Ok((start.elapsed(), before))
     }
 
-    /// Time for `sequences` sequences to generate `tokens` tokens each after `depth` others.
-    fn decode(&mut self, depth: u32, tokens: u32, sequences: u16) -> anyhow::Result<Duration> {
+    /// Time for `sequences` sequences to generate `tokens` tokens each after `depth` others, and what the expert
+    /// slots had done before.
+    fn decode(
+        &mut self,
+        depth: u32,
+        tokens: u32,
+        sequences: u16,
+        stats: &impl Fn() -> SlotStats,
+    ) -> anyhow::Result<(Duration, SlotStats)> {
         for slot in (0..sequences).map(SlotId) {
             self.model.clear(slot);
-            self.feed(slot, depth.max(1))?;
+            self.feed(slot, depth.max(1)).context("decode")?;
         }
+        let before = stats();
         let start = Instant::now();
         for step in 0..tokens {
             let rows = (0..sequences).map(|slot| BatchRow {
@@ -161,9 +263,9 @@ impl Bench<'_> {
                 wants_logits: LogitsWanted::Last,
             });
             let batch = Batch { rows: rows.collect() };
-            self.model.forward(&batch, &mut self.logits)?;
+            self.model.forward(&batch, &mut self.logits).context("decode")?;
         }
-        Ok(start.elapsed())
+        Ok((start.elapsed(), before))
     }
 
     fn feed(&mut self, slot: SlotId, tokens: u32) -> anyhow::Result<()> {

@@ -102,6 +102,10 @@ impl Assembly {
         metrics.set_plan(&fit.figures());
         let sequences = EngineParts::slots_needed(&config.engine);
         let opened = open_mapped(config, mapping, sequences, streaming)?;
+        // The first promise is that of the weights; what is locked is no longer called available.
+        if let Some(weights) = permits.first() {
+            weights.set_touched(Bytes(opened.model.locked_bytes()));
+        }
         let template = template(&opened.mapping)?;
         let card = card(config, &opened, &template, fit.context_tokens);
         let summary = opened.summary();

@@ -6,7 +6,7 @@ use super::shape::Shape;
 use super::weights::{FeedForwardWeights, Gated, Tensor, Weights};
 use super::{ModelError, StreamedExperts};
 use crate::gguf::Mapping;
-use crate::residency::{ExpertSlots, ExpertStream, LayerFile, PartFile, Step};
+use crate::residency::{ExpertSlots, ExpertStream, LayerFile, PartFile, Pinned, Step};
 
 /// The experts of a model that reads them when they are needed.
 pub(super) struct Streamed {
@@ -14,7 +14,9 @@ pub(super) struct Streamed {
     /// For each layer of the model its number among those with experts.
     numbers: Vec<Option<usize>>,
     /// What the present pass is.
-    pub(super) step: Step,
+    step: Step,
+    /// The part that is not streamed.
+    pinned: Pinned,
 }
 
 impl Streamed {
@@ -41,7 +43,13 @@ impl Streamed {
         let ledger = streaming.ledger.as_ref().map(|ledger| (ledger, streaming.label.as_str()));
         let slots = ExpertSlots::open(mapping, layers, &streaming.slots, ledger)?;
         let stream = slots.stream(streaming.slots.ahead);
-        Ok(Some(Streamed { stream, numbers, step: Step::Decode }))
+        let pinned = weights.pin(streaming.slots.lock)?;
+        Ok(Some(Streamed { stream, numbers, step: Step::Decode, pinned }))
+    }
+
+    /// Bytes of weights that are locked in memory.
+    pub(super) fn locked_bytes(&self) -> u64 {
+        self.pinned.locked().0
     }
 
     /// Says of what kind the next pass is.

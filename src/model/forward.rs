@@ -348,6 +348,10 @@ impl Model for Transformer {
         self.streamed.as_ref().map(|streamed| Arc::clone(streamed.stream.slots()))
     }
 
+    fn locked_bytes(&self) -> u64 {
+        self.streamed.as_ref().map_or(0, Streamed::locked_bytes)
+    }
+
     fn prefill_tokens_wanted(&self) -> usize {
         if self.streamed.is_some() { self.pass_tokens_max } else { 1 }
     }

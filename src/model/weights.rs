@@ -1,5 +1,6 @@
 //! Where a model's weights lie in its file, and the few that are kept as numbers.
 
+use std::ops::Range;
 use std::sync::Arc;
 
 use scoutd_kernels::{Format, Matrix};
@@ -7,7 +8,7 @@ use scoutd_kernels::{Format, Matrix};
 use super::ModelError;
 use super::shape::{FeedForward, OUTPUT, OUTPUT_NORM, ROPE_FREQS, Shape, TOKEN_EMBD, layer_tensor};
 use crate::gguf::{Gguf, GgufError, Mapping};
-use crate::residency::pager;
+use crate::residency::{Pinned, pager};
 use crate::units::Bytes;
 
 /// The weights of a model. Matrices stay in the mapping and are read there; norms, router and rotation
@@ -119,6 +120,34 @@ impl Weights {
             layers: layers.collect::<Result<_, _>>()?,
             mapping,
         })
+    }
+
+    /// Where the weights lie that every token reads: all but routed experts, and but an embedding table that is
+    /// read by rows.
+    pub(super) fn dense_ranges(&self) -> Vec<Range<usize>> {
+        let mut tensors = vec![&self.output];
+        for layer in &self.layers {
+            tensors.extend([&layer.attn_q, &layer.attn_k, &layer.attn_v, &layer.attn_output]);
+            let gated = match &layer.feed_forward {
+                FeedForwardWeights::Dense(dense) => dense,
+                FeedForwardWeights::Experts { router, shared, .. } => {
+                    tensors.push(router);
+                    shared
+                }
+            };
+            tensors.extend([&gated.gate, &gated.up, &gated.down]);
+        }
+        tensors.into_iter().map(|tensor| tensor.offset..tensor.offset + tensor.bytes).collect()
+    }
+
+    /// Brings the weights that every token reads into memory and keeps them there.
+    pub(super) fn pin(&self, lock: bool) -> Result<Pinned, ModelError> {
+        let table = self.token_embd.offset..self.token_embd.offset + self.token_embd.bytes;
+        if self.output.offset != self.token_embd.offset {
+            // An advice: rows come in all the same, with more around them.
+            let _ = pager::expect_scattered(&self.mapping, table);
+        }
+        Ok(Pinned::new(Arc::clone(&self.mapping), self.dense_ranges(), lock)?)
     }
 
     /// Fails if the file is not as it was when it was opened.

@@ -59,6 +59,17 @@ pub fn populate(mapping: &Mapping, range: Range<usize>) -> io::Result<()> {
     Ok(())
 }
 
+/// Says that single places of `range` will be read: nothing around them is to be read along.
+///
+/// # Errors
+/// If the system refuses.
+///
+/// # Panics
+/// If the range is not inside the mapping.
+pub fn expect_scattered(mapping: &Mapping, range: Range<usize>) -> io::Result<()> {
+    advise(mapping, &range, libc::MADV_RANDOM)
+}
+
 /// Keeps `range` of the mapping in memory until it is unlocked. It should have been populated: what is missing is
 /// read here.
 ///
@@ -155,8 +166,8 @@ pub fn residency_is_told(mapping: &Mapping) -> bool {
 
 fn advise(mapping: &Mapping, range: &Range<usize>, advice: libc::c_int) -> io::Result<()> {
     let (address, len) = pages(mapping, range);
-    // SAFETY: the advices given here read pages in or drop clean pages of a read-only file mapping, which come back
-    // with the same bytes: no byte that a program can see changes.
+    // SAFETY: the advices given here read pages in, drop clean pages of a read-only file mapping, which come back
+    // with the same bytes, or change what is read along: no byte that a program can see changes.
     #[expect(unsafe_code, reason = "a system call")]
     let result = unsafe { libc::madvise(address, len, advice) };
     check(result)
