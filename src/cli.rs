@@ -21,6 +21,7 @@ mod pull;
 mod rm;
 mod serve;
 mod terminal;
+mod trace;
 mod verify;
 
 use std::fmt;
@@ -78,6 +79,8 @@ enum Command {
     Pool(pool::Args),
     /// Tell whether a model will fit, how fast it would be, and what would fit instead
     Plan(plan::Args),
+    /// Show which experts a mixture of experts uses, and what keeping some of them in memory gives
+    Trace(trace::Args),
     /// Compare a quantized file with what it was made from: the quality gate
     Verify(verify::Args),
     /// Look at what this system offers for memory, disk and clock, and say what is lost where something is missing
@@ -114,6 +117,7 @@ pub fn main() -> ExitCode {
         Command::List(args) => list::run(args),
         Command::Rm(args) => rm::run(args),
         Command::Plan(args) => plan::run(args),
+        Command::Trace(args) => trace::run(args),
         Command::Verify(args) => verify::run(args),
         Command::Doctor(args) => doctor::run(args),
         Command::Pool(args) => pool::run(args),

@@ -23,7 +23,7 @@ use scoutd_kernels::{Format, Isa, MatrixError, Precision};
 
 use crate::gguf::{Gguf, GgufError, Mapping};
 use crate::memory::Ledger;
-use crate::residency::{ExpertSlots, ReadError, SlotsError, SlotsOptions};
+use crate::residency::{ExpertSlots, ReadError, Route, SlotsError, SlotsOptions};
 use crate::units::{Bytes, SlotId, TokenId};
 
 #[cfg(test)]
@@ -158,6 +158,13 @@ pub trait Model: Send {
     /// The slots of a model that reads its experts when they are needed.
     fn expert_slots(&self) -> Option<Arc<ExpertSlots>> {
         None
+    }
+
+    /// Begins or ends the recording of what routers choose, and returns what was recorded until now. Recording
+    /// takes a few bytes for each token and layer.
+    fn record_routes(&mut self, on: bool) -> Vec<Route> {
+        let _ = on;
+        Vec::new()
     }
 
     /// Bytes of weights that are locked in memory.

@@ -13,6 +13,7 @@ mod policy;
 mod readers;
 mod slots;
 mod source;
+mod trace;
 
 pub use config::Config;
 pub use keeper::Keeper;
@@ -24,3 +25,4 @@ pub use slots::{
     SlotsOptions, Step,
 };
 pub use source::ReadError;
+pub use trace::{HitReport, LayerReport, Route, TraceReport, report};

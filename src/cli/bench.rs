@@ -121,8 +121,12 @@ pub(super) fn run(args: Args) -> anyhow::Result<ExitCode> {
             "prompt_tokens": args.prompt, "generated_tokens": args.generate,
             "depth_tokens": args.depth, "sequences": args.sequences, "runs": args.runs,
             "prefill_tokens_per_s": prefill.json(), "decode_tokens_per_s": decode.json(),
-            "experts": slots.as_ref().map(|_| {
-                json!({"prefill": experts[0].json(), "decode": experts[1].json()})
+            "experts": slots.as_ref().map(|slots| {
+                let bytes = slots.expert_bytes().0;
+                json!({
+                    "expert_bytes": bytes,
+                    "prefill": experts[0].json(), "decode": experts[1].json(),
+                })
             }),
         });
         println!("{report}");

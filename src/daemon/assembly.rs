@@ -15,7 +15,7 @@ use crate::engine::{self, EngineParts, Local};
 use crate::gguf::{Gguf, Mapping};
 use crate::memory::{self, Conditions, Ledger, MemoryProbe, Permit, ProcProbe, Watch, WatchParts};
 use crate::metrics::Metrics;
-use crate::model::{self, KvType, Model, ModelOptions, StreamedExperts};
+use crate::model::{self, KvType, Model, ModelOptions, Outline, StreamedExperts};
 use crate::store::{Fit, header_digest};
 use crate::template::ChatTemplate;
 use crate::tokenizer::Tokenizer;
@@ -33,6 +33,31 @@ pub struct OpenModel {
 }
 
 impl OpenModel {
+    /// The chat template of the model, which knows its tokenizer.
+    ///
+    /// # Errors
+    /// If the file has no usable tokenizer or template.
+    pub fn template(&self) -> Result<ChatTemplate, StartError> {
+        template(&self.mapping)
+    }
+
+    /// Routed experts of each layer that has some; 0 if none has.
+    ///
+    /// # Errors
+    /// If the file is no model.
+    pub fn experts(&self) -> Result<usize, StartError> {
+        let unusable = |message: String| {
+            let path = self.mapping.path().to_owned();
+            StartError::Model { path, message }
+        };
+        let gguf =
+            Gguf::parse(self.mapping.bytes()).map_err(|error| unusable(error.to_string()))?;
+        let outline = Outline::from_gguf(&gguf, KvType::default())
+            .map_err(|error| unusable(error.to_string()))?;
+        let layers = outline.needs(0, 0).expert_layers;
+        Ok(layers.iter().map(|layer| layer.count as usize).max().unwrap_or(0))
+    }
+
     /// One line: what runs, and how.
     pub fn summary(&self) -> String {
         let spec = self.model.spec();

@@ -6,7 +6,7 @@ use super::shape::Shape;
 use super::weights::{FeedForwardWeights, Gated, Tensor, Weights};
 use super::{ModelError, StreamedExperts};
 use crate::gguf::Mapping;
-use crate::residency::{ExpertSlots, ExpertStream, LayerFile, PartFile, Pinned, Step};
+use crate::residency::{ExpertSlots, ExpertStream, LayerFile, PartFile, Pinned, Route, Step};
 
 /// The experts of a model that reads them when they are needed.
 pub(super) struct Streamed {
@@ -74,13 +74,65 @@ impl Streamed {
         Ok(self.stream.start(number, wanted, self.step)?)
     }
 
-    /// The next layer with experts after `layer`, and its number among them, if guesses at it are worth making.
-    pub(super) fn next_layer(&self, layer: usize) -> Option<(usize, usize)> {
-        if self.step != Step::Decode {
+    /// Says what `layer` will probably need.
+    pub(super) fn expect(&mut self, layer: usize, guesses: &[usize]) {
+        if let Some(number) = self.numbers[layer] {
+            self.stream.expect(number, guesses.iter().copied());
+        }
+    }
+}
+
+/// What routers choose: for guesses at the next layer, and for whoever wants to know.
+pub(super) struct Routing {
+    /// For each layer of the model its number among those with experts.
+    numbers: Vec<Option<usize>>,
+    prompt: bool,
+    recorded: Option<Vec<Route>>,
+    /// For each token of the pass, what the last layer with experts guesses for the next one.
+    pub(super) guesses: Vec<usize>,
+}
+
+impl Routing {
+    pub(super) fn new(shape: &Shape) -> Routing {
+        let mut next = 0;
+        let numbers = shape.layers.iter().map(|layer| {
+            let has_experts = layer.feed_forward.experts() > 0;
+            next += usize::from(has_experts);
+            has_experts.then(|| next - 1)
+        });
+        Routing { numbers: numbers.collect(), prompt: false, recorded: None, guesses: Vec::new() }
+    }
+
+    /// Begins a pass.
+    pub(super) fn begin(&mut self, prompt: bool) {
+        self.prompt = prompt;
+        self.guesses.clear();
+    }
+
+    /// Records from now on, or no more; returns what was recorded before.
+    pub(super) fn record_from_now(&mut self, on: bool) -> Vec<Route> {
+        std::mem::replace(&mut self.recorded, on.then(Vec::new)).unwrap_or_default()
+    }
+
+    /// Notes what `layer` chose.
+    pub(super) fn record(&mut self, layer: usize, chosen: &[(usize, f32)]) {
+        if let (Some(routes), Some(number)) = (&mut self.recorded, self.numbers[layer]) {
+            routes.push(Route {
+                layer: number,
+                experts: chosen.iter().map(|(expert, _)| *expert).collect(),
+                guesses: self.guesses.clone(),
+                prompt: self.prompt,
+            });
+        }
+    }
+
+    /// The layer at whose experts a guess is worth making after `layer`: the next one that has some, while tokens
+    /// are written, and if anybody makes use of it.
+    pub(super) fn guess_at(&self, layer: usize, streams: bool) -> Option<usize> {
+        if self.prompt || !(streams || self.recorded.is_some()) {
             return None;
         }
-        let later = self.numbers.iter().enumerate().skip(layer + 1);
-        later.filter_map(|(layer, number)| Some((layer, (*number)?))).next()
+        (layer + 1..self.numbers.len()).find(|&later| self.numbers[later].is_some())
     }
 }
 

@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use scoutd_kernels::vector::sigmoid;
 use scoutd_kernels::{Attention, Kernels, Team, Vector};
 
-use super::experts::{Source, Streamed};
+use super::experts::{Routing, Source, Streamed};
 use super::kv::KvCache;
 use super::rope::Rope;
 use super::scratch::{Arithmetic, AttentionWork, GatedWork, Inputs, Routed, Scratch};
@@ -18,7 +18,7 @@ use super::{
 };
 use crate::gguf::{Gguf, Mapping};
 use crate::residency::pager::{self, Guard};
-use crate::residency::{ExpertSlots, ExpertStream};
+use crate::residency::{ExpertSlots, ExpertStream, Route};
 use crate::units::{Bytes, SlotId, TokenId};
 
 /// A model of any supported architecture.
@@ -30,6 +30,7 @@ pub(super) struct Transformer {
     weights: Weights,
     /// Where routed experts come from, if not from the mapping.
     streamed: Option<Streamed>,
+    routing: Routing,
     rope: Rope,
     kv: KvCache,
     scratch: Scratch,
@@ -97,6 +98,7 @@ impl Transformer {
             pass_tokens_max,
             weights,
             streamed,
+            routing: Routing::new(&shape),
             shape,
             #[cfg(test)]
             trace: super::tests::Trace::default(),
@@ -149,8 +151,9 @@ impl Transformer {
             }
         }
         let tokens = self.plan.tokens();
+        let prompt = self.plan.segments.iter().any(|segment| segment.tokens.len() > 1);
+        self.routing.begin(prompt);
         if let Some(streamed) = &mut self.streamed {
-            let prompt = self.plan.segments.iter().any(|segment| segment.tokens.len() > 1);
             streamed.begin(&self.shape, tokens, prompt);
         }
         for index in 0..self.shape.layers.len() {
@@ -209,7 +212,8 @@ impl Transformer {
     ///
     /// Router first: while missing experts are on their way, the shared one is computed.
     fn feed_forward(&mut self, index: usize, tokens: usize) -> Result<(), ModelError> {
-        let Transformer { shape, weights, streamed, scratch, arithmetic, vector, .. } = self;
+        let Transformer { shape, weights, streamed, routing, scratch, arithmetic, vector, .. } =
+            self;
         let (hidden, weights_of) = (shape.hidden, &weights.layers[index]);
         let Scratch { x, h, sum, gated, routed, inputs, .. } = scratch;
         let (x, h) = (&mut x[..tokens * hidden], &mut h[..tokens * hidden]);
@@ -226,7 +230,15 @@ impl Transformer {
                 self.trace.record_experts(index, &routed.chosen);
                 if let Some(streamed) = streamed {
                     streamed.start(index, &routed.chosen, &routed.order)?;
-                    pass.expect(streamed, shape, index, inputs, x, routed, sum);
+                }
+                routing.record(index, &routed.chosen);
+                if let Some(next) = routing.guess_at(index, streamed.is_some()) {
+                    routing.guesses.clear();
+                    let logits = &mut routed.logits;
+                    routing.guesses.extend(pass.guess(shape, next, inputs, x, logits, sum));
+                    if let Some(streamed) = streamed {
+                        streamed.expect(next, &routing.guesses);
+                    }
                 }
                 pass.dense(inputs, shared, h, gated, sum);
                 let stream = streamed.as_mut().map(|streamed| &mut streamed.stream);
@@ -346,6 +358,10 @@ impl Model for Transformer {
 
     fn expert_slots(&self) -> Option<Arc<ExpertSlots>> {
         self.streamed.as_ref().map(|streamed| Arc::clone(streamed.stream.slots()))
+    }
+
+    fn record_routes(&mut self, on: bool) -> Vec<Route> {
+        self.routing.record_from_now(on)
     }
 
     fn locked_bytes(&self) -> u64 {
@@ -579,26 +595,31 @@ impl Gating<'_> {
         logits
     }
 
-    /// Guesses the experts of the next layer by its router over the present stream `x`, which lacks what this
-    /// layer's experts and the next layer's attention will add. `free` is overwritten.
-    #[expect(clippy::too_many_arguments, reason = "buffers of the scratch, each in its role")]
-    fn expect(
+    /// The experts that the router of `layer` chooses for the present stream `x`, which lacks what this layer's
+    /// experts and that layer's attention will add: guesses, to begin reading with. `free` is overwritten.
+    fn guess<'l>(
         &mut self,
-        streamed: &mut Streamed,
         shape: &Shape,
-        index: usize,
+        layer: usize,
         inputs: &mut Inputs,
         x: &[f32],
-        routed: &mut Routed,
+        logits: &'l mut [f32],
         free: &mut [f32],
-    ) {
-        let Some((layer, number)) = streamed.next_layer(index) else { return };
+    ) -> impl Iterator<Item = usize> + use<'l> {
         let weights_of = &self.weights.layers[layer];
-        let FeedForwardWeights::Experts { router, .. } = &weights_of.feed_forward else { return };
-        norm_rows(self.vector, shape, &weights_of.ffn_norm, x, free);
-        let logits = self.router_logits(inputs, router, free, &mut routed.logits);
-        let rows = logits.chunks_exact(router.rows);
-        streamed.stream.expect(number, rows.map(|row| self.vector.argmax(row)));
+        let router = match &weights_of.feed_forward {
+            FeedForwardWeights::Dense(_) => None,
+            FeedForwardWeights::Experts { router, .. } => Some(router),
+        };
+        let vector = *self.vector;
+        let (rows, experts) = match router {
+            None => (&logits[..0], 1),
+            Some(router) => {
+                norm_rows(self.vector, shape, &weights_of.ffn_norm, x, free);
+                (self.router_logits(inputs, router, free, logits), router.rows)
+            }
+        };
+        rows.chunks_exact(experts).map(move |row| vector.argmax(row))
     }
 
     /// `out += down (silu(s gate h) * (s up h))`, each token through its expert, each expert once.

@@ -243,6 +243,13 @@ impl ExpertSlots {
         Ok(now)
     }
 
+    /// Bytes of an expert in the file; the mean, where layers differ.
+    pub fn expert_bytes(&self) -> Bytes {
+        let bytes =
+            |layer: &LayerFile| layer.parts.iter().map(|part| part.bytes as u64).sum::<u64>();
+        Bytes(self.layers.iter().map(bytes).sum::<u64>() / self.layers.len().max(1) as u64)
+    }
+
     /// Bytes that the slots of all experts would take.
     pub fn bytes_of_all(&self) -> Bytes {
         let all = self.layers.iter().map(|layer| layer.slot_bytes() * layer.experts as u64);
