@@ -43,6 +43,8 @@ const LEAVING_GRACE: Duration = Duration::from_secs(30);
 struct Engine {
     model: Box<dyn Model>,
     expert_slots: Option<Arc<ExpertSlots>>,
+    /// The file of the weights is no longer what was opened.
+    lost: bool,
     /// What the metrics know of the expert slots.
     published: SlotStats,
     shared: Arc<Shared>,
@@ -121,6 +123,7 @@ impl Engine {
         };
         Engine {
             expert_slots: model.expert_slots(),
+            lost: false,
             published: SlotStats::default(),
             model,
             waker: Waker::from(Arc::clone(&shared.inbox)),
@@ -142,6 +145,10 @@ impl Engine {
     fn run(mut self) {
         loop {
             match catch_unwind(AssertUnwindSafe(|| self.round())) {
+                Ok(_) if self.lost => {
+                    error!(target: "engine", "the model file changed under us; the engine has ended, start again");
+                    return self.refuse_forever();
+                }
                 Ok(Round::Worked) => {}
                 Ok(Round::Idle(until)) => self.shared.inbox.wait(until),
                 Ok(Round::Stop) => return self.end(draining),

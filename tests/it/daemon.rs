@@ -1,7 +1,9 @@
 //! The real binary with its built-in model: what a newcomer types, and what must not bring it down.
 
+use std::fs::{self, OpenOptions};
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{SocketAddr, TcpStream};
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::thread;
 use std::time::Duration;
@@ -21,9 +23,14 @@ struct Daemon {
 
 impl Daemon {
     fn start() -> Daemon {
+        Daemon::start_with(&[])
+    }
+
+    fn start_with(more: &[&str]) -> Daemon {
         let mut process = scoutd()
             .args(["serve", "--set", "mqtt.node=test", "--set", "mqtt.listen=127.0.0.1:0"])
             .args(["--set", "rest.listen=[\"127.0.0.1:0\"]", "--threads", "2"])
+            .args(more)
             .stdout(Stdio::piped())
             .spawn()
             .expect("the binary starts");
@@ -271,4 +278,80 @@ fn a_question_can_be_asked_without_a_daemon() {
     let text = String::from_utf8(output.stdout).expect("text");
     assert!(text.contains("lock.front_door"), "{text}");
     assert!(String::from_utf8_lossy(&output.stderr).contains("tokens/s"));
+}
+
+/// A copy of the embedded model as a file.
+fn model_file(dir: &Path) -> PathBuf {
+    let path = dir.join("nano.gguf");
+    let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("models/scout-nano-q4_0.gguf");
+    fs::copy(source, &path).expect("room for a small model");
+    path
+}
+
+/// Cuts or overwrites the model while it is served: requests fail by name, the process lives.
+fn survives(more: &[&str], change: impl Fn(&Path)) {
+    let dir = tempfile::tempdir().expect("a directory");
+    let path = model_file(dir.path());
+    let name = path.to_str().expect("a plain name");
+    let mut daemon = Daemon::start_with(&[&["--model", name], more].concat());
+    let body = json!({"messages": home(REQUESTS[0]), "temperature": 0, "max_tokens": 48});
+    let (status, answer) = daemon.post("/v1/chat/completions", &body.to_string());
+    assert_eq!(status, 200, "{answer}");
+    change(&path);
+    for _ in 0..3 {
+        let (status, answer) = daemon.post("/v1/chat/completions", &body.to_string());
+        assert_eq!(status, 500, "{answer}");
+    }
+    assert_eq!(daemon.get("/healthz").0, 200);
+    assert!(daemon.process.try_wait().expect("it is ours").is_none(), "the daemon lives");
+}
+
+fn cut(path: &Path) {
+    let file = OpenOptions::new().write(true).open(path).expect("the copy is ours");
+    file.set_len(4096).expect("cut");
+}
+
+#[test]
+fn a_model_file_that_is_cut_does_not_kill_the_daemon() {
+    survives(&[], cut);
+}
+
+#[test]
+fn a_streamed_model_file_that_is_cut_does_not_kill_the_daemon() {
+    survives(&["--set", "residency.expert_slots_bytes=100000"], cut);
+}
+
+#[test]
+fn a_model_file_that_is_overwritten_is_no_longer_answered_from() {
+    survives(&[], |path| {
+        let mut file = OpenOptions::new().write(true).open(path).expect("the copy is ours");
+        file.write_all(&[0; 64]).expect("overwritten");
+    });
+}
+
+#[test]
+fn a_model_file_cut_in_mid_answer_does_not_kill_the_daemon() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let path = model_file(dir.path());
+    let name = path.to_str().expect("a plain name");
+    let mut daemon = Daemon::start_with(&["--model", name]);
+    let body = json!({
+        "messages": home("tell me everything about this home"), "stream": true,
+        "max_tokens": 2000,
+    });
+    let body = body.to_string();
+    let mut stream = TcpStream::connect(daemon.http).expect("the daemon listens");
+    let length = body.len();
+    let head = format!(
+        "POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nContent-Length: {length}\r\n\r\n"
+    );
+    stream.write_all(format!("{head}{body}").as_bytes()).expect("the daemon reads");
+    let mut first = [0; 64];
+    stream.read_exact(&mut first).expect("an answer begins");
+    cut(&path);
+    let mut rest = Vec::new();
+    // However the answer ends, it ends.
+    let _ = stream.read_to_end(&mut rest);
+    assert_eq!(daemon.get("/healthz").0, 200);
+    assert!(daemon.process.try_wait().expect("it is ours").is_none(), "the daemon lives");
 }

@@ -25,7 +25,11 @@ impl Engine {
             other => (other, Vec::new()),
         };
         match result {
-            Err(error) => return self.fail_rows(plan, &format!("forward pass: {error}"), now),
+            Err(error) => {
+                // The file of the weights was cut or written to: no later pass can be better.
+                self.lost |= matches!(error, ModelError::File(_));
+                return self.fail_rows(plan, &format!("forward pass: {error}"), now);
+            }
             Ok(()) if self.buffers.logits.len() != wanted * vocab_len => {
                 let message = format!(
                     "forward pass gave {} logits instead of {}",
