@@ -33,8 +33,8 @@ def drop_caches():
         file.write("3")
 
 
-def limited(command):
-    """Runs a command inside the group; its output, seconds and peak, or None and how it ended if it was killed."""
+def limited(command, patience=1800):
+    """Runs a command inside the group: its output and seconds, or None and how it ended."""
     drop_caches()
     with open(os.path.join(args.group, args.limit_file), "w") as file:
         file.write(str(limit))
@@ -45,7 +45,10 @@ def limited(command):
             file.write(str(os.getpid()))
 
     start = time.monotonic()
-    done = subprocess.run(command, preexec_fn=enter, capture_output=True, text=True, timeout=1800)
+    try:
+        done = subprocess.run(command, preexec_fn=enter, capture_output=True, text=True, timeout=patience)
+    except subprocess.TimeoutExpired:
+        return None, f"nothing after {patience} s"
     seconds = time.monotonic() - start
     if done.returncode != 0:
         print(f"        ended with {done.returncode}: {done.stderr.strip()[-300:]}", flush=True)
@@ -62,10 +65,10 @@ def scoutd(prompt, generate, *more):
     return json.loads(out)
 
 
-def rival(prompt, generate, *more):
+def rival(prompt, generate, *more, patience=1800):
     command = [args.rival, "-m", args.model, "-p", str(prompt), "-n", str(generate), "-r", "1", "-t", str(threads),
                "-o", "json", "-lm", "mmap", *more]
-    out, how = limited(command)
+    out, how = limited(command, patience)
     if out is None:
         return None, how
     return json.loads(out)[0]["avg_ts"], how
@@ -104,7 +107,7 @@ for number in range(runs):
     theirs_decode.append(decode or 0.0)
     theirs_prefill.append(prefill or 0.0)
     print(f"llama.cpp  decode {theirs_decode[-1]:8.2f}  prefill {theirs_prefill[-1]:8.1f} tokens/s (mapped)", flush=True)
-default, how = rival(0, generate)
+default, how = rival(0, generate, patience=300)
 print("llama.cpp  as it is by default: " + (f"{default:.2f} tokens/s" if default else f"ended with {how}"), flush=True)
 
 decode, prefill = reports[-1]["experts"]["decode"], reports[-1]["experts"]["prefill"]
