@@ -38,7 +38,7 @@ fn pull_list_delete() {
     let body = json!({"model": format!("hf.co/{REPO}:Q4_0")}).to_string();
     let response = server.post("/api/pull", &body);
     assert_eq!(response.header("content-type"), Some("application/x-ndjson"));
-    let lines = lines(&response.text());
+    let lines = lines(response.text());
     assert_eq!(lines.first(), Some(&json!({"status": "pulling manifest"})));
     assert_eq!(lines.last(), Some(&json!({"status": "success"})));
     let progress: Vec<&Value> = lines.iter().filter(|line| line["total"].is_u64()).collect();
@@ -80,7 +80,7 @@ fn what_cannot_be_pulled_is_said() {
         assert_eq!(ask(bad).0, 400, "{bad}");
     }
     let body = json!({"model": "house/nothing"}).to_string();
-    let lines = lines(&server.post("/api/pull", &body).text());
+    let lines = lines(server.post("/api/pull", &body).text());
     assert!(lines.last().is_some_and(|line| line["error"].is_string()), "{lines:?}");
     assert!(here.files().is_empty());
 }
