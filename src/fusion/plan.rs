@@ -265,6 +265,11 @@ impl Plan {
             .filter(|attempt| !attempt.ask.fallback && attempt.end.is_none())
             .map(|attempt| u64::from(attempt.ask.weight))
             .sum();
+        // Cut-off answers with the same words agree on how far they came, not on an answer.
+        let any_whole = self.ballots.iter().any(|&ballot| self.attempts[ballot].is_whole());
+        if outstanding > 0 && !self.setup.form.is_closed() && !any_whole {
+            return false;
+        }
         if self.setup.mode == FusionMode::Debate {
             return self.has_majority();
         }

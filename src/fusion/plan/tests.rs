@@ -232,3 +232,20 @@ fn the_time_is_divided() {
     }
     assert_eq!(plan.panel_end(), Duration::from_secs(70), "the judge needs its share");
 }
+
+#[test]
+fn cut_off_answers_wait_for_a_whole_one() {
+    let (mut plan, _) = Plan::begin(setup(&[700, 700, 700], form(&AnswerForm::Text)));
+    let now = Duration::from_secs(1);
+    for attempt in 0..2 {
+        let text = "The lamp is on. And it".to_owned();
+        plan.step(Event::Text { attempt, text }, now);
+        let actions = plan.step(Event::Failed { attempt, reason: FaultReason::Reset }, now);
+        assert!(!actions.iter().any(|action| matches!(action, Action::Decide(_))), "{actions:?}");
+    }
+    let text = "The lamp is off.".to_owned();
+    plan.step(Event::Text { attempt: 2, text: text.clone() }, now);
+    let actions = plan.step(Event::Ended { attempt: 2, finish: FinishReason::Stop }, now);
+    let Some(Action::Decide(decision)) = actions.last() else { panic!("{actions:?}") };
+    assert_eq!(decision.text, text);
+}

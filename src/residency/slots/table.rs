@@ -132,7 +132,7 @@ impl Table {
     /// the first ones before others.
     fn set_quotas(&mut self, bytes: Bytes) {
         let row: u64 = self.layers.iter().map(|layer| layer.slot_bytes).sum();
-        let each = if row == 0 { 0 } else { bytes.0 / row };
+        let each = bytes.0.checked_div(row).unwrap_or(0);
         let mut left = bytes.0;
         for layer in &mut self.layers {
             layer.quota = usize::try_from(each).unwrap_or(usize::MAX).min(layer.kept.len());

@@ -144,8 +144,7 @@ def one(bench: Bench, names: list[str], fault: str, faulty: int) -> None:
         name = member["id"].split("/")[0]
         allowed = FAULTS[fault] if name in bad else {None}
         # With nobody good there is nothing that could make a failing member needless.
-        # (members that were cut off at the same words agree, and that is the answer then).
-        needless = NEEDLESS if good or fault == "reset" else set()
+        needless = NEEDLESS if good else set()
         if name in bad | set(names) and member["reason"] not in allowed | needless:
             bench.fail(f"{where}: {member['id']} is {member['state']} for {member['reason']}")
 

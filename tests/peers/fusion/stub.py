@@ -86,7 +86,6 @@ async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> N
             writer.write(ANSWERS[mode])
             await writer.drain()
             if mode == "reset":
-                await asyncio.sleep(0.15)
                 writer.transport.abort()
         elif mode == "good":
             await asyncio.sleep(0.03)
