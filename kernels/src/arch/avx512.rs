@@ -15,6 +15,7 @@
 
 use std::arch::asm;
 use std::arch::x86_64::*;
+use std::ops::Range;
 
 use super::avx512_floats::{product_bf16, product_f16, product_f32};
 use super::avx512_k::{product_q4_k, product_q5_k, product_q6_k};
@@ -277,13 +278,14 @@ fn add<const KIND: u8>(
     }
 }
 
-/// What stands before the levels of the blocks of a panel: for each block sixteen scales, or (Q4_1) sixteen times scale
-/// and minimum.
+/// What stands before the levels of some consecutive blocks: for each block sixteen scales, or (Q4_1) sixteen times scale
+/// and minimum. A ring.
 ///
-/// It is gathered by the general registers, which have nothing else to do, and meets the vector registers in memory, a
-/// panel before it is needed: what was just written in small pieces cannot be read at once in a large one.
-#[derive(Clone, Copy)]
-struct Heads([[u16; 2 * LANES]; BLOCKS]);
+/// It is gathered by the general registers, which have nothing else to do, and meets the vector registers in memory,
+/// some blocks before it is needed: what was just written in small pieces cannot be read at once in a large one.
+struct Heads([[u16; 2 * LANES]; 2 * HEADS_AHEAD]);
+
+const HEADS_AHEAD: usize = 8;
 
 /// `gather!(load, step, value, at, to)`: moves the first bytes of sixteen rows to `to`, `step` bytes apart. In assembly,
 /// as the compiler would gather them in vector registers.
@@ -321,15 +323,15 @@ macro_rules! gather {
 }
 
 impl Heads {
-    /// Gathers those of block `i` of the panel that begins at `panel`.
+    /// Gathers those of block `i`, the first being at `blocks`.
     ///
     /// # Safety
     /// That block can be read at each row.
     #[inline]
     #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
-    unsafe fn gather<const KIND: u8>(&mut self, panel: Blocks, i: usize) {
-        let block = panel.offset(i * format(KIND).block_bytes());
-        let to = self.0[i].as_mut_ptr();
+    unsafe fn gather<const KIND: u8>(&mut self, blocks: Blocks, i: usize) {
+        let block = blocks.offset(i * format(KIND).block_bytes());
+        let to = self.0[i % (2 * HEADS_AHEAD)].as_mut_ptr();
         // SAFETY: a block begins with two bytes of scale, of Q4_1 four bytes of scale and minimum; `to` has room for
         // sixteen times four.
         unsafe {
@@ -345,7 +347,7 @@ impl Heads {
     #[inline]
     #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
     fn read<const KIND: u8>(&self, i: usize) -> [__m512; 2] {
-        let at = self.0[i].as_ptr();
+        let at = self.0[i % (2 * HEADS_AHEAD)].as_ptr();
         // SAFETY: 32 or 64 bytes of the 64.
         unsafe {
             if KIND == Q4_1 {
@@ -421,53 +423,58 @@ impl Token {
 fn few<const KIND: u8, const T: usize>(group: &Group<'_, LANES>) {
     let (count, bytes) = (group.piece.x.cols() / 32, format(KIND).block_bytes());
     let tokens: [Token; T] = std::array::from_fn(|t| Token::new(group.piece.x, t));
-    let mut padded = Padded::new();
-    let panel = |first: usize, padded: &mut Padded| {
-        group.bytes(first * bytes, BLOCKS.min(count - first) * bytes, padded)
-    };
-    let mut heads = [Heads([[0; 2 * LANES]; BLOCKS]); 2];
     let mut sums = [_mm512_setzero_ps(); T];
-    let mut blocks = panel(0, &mut padded);
-    // The copy of a padded group holds one panel: there heads are gathered when they are needed.
-    let early = group.rows == LANES;
-    for i in 0..BLOCKS.min(count) {
-        // SAFETY: a block of each row inside the bytes of the panel.
-        unsafe { heads[0].gather::<KIND>(blocks, i) };
-    }
-    for first in (0..count).step_by(BLOCKS) {
-        let len = BLOCKS.min(count - first);
-        let next_len = BLOCKS.min(count - first - len);
-        let [even, odd] = &mut heads;
-        let is_even = (first / BLOCKS).is_multiple_of(2);
-        let (now, later) = if is_even { (even, odd) } else { (odd, even) };
-        let next = if early && next_len > 0 { panel(first + len, &mut padded) } else { blocks };
-        for i in 0..len {
-            group.prefetch((first + i) * bytes, bytes);
-            // SAFETY: blocks inside the bytes of this panel and the next.
-            let weights = unsafe {
-                if early && i < next_len {
-                    later.gather::<KIND>(next, i);
-                }
-                unpack_quads::<KIND>(blocks.offset(i * bytes), now, i)
-            };
-            for (token, sum) in tokens.iter().zip(&mut sums) {
-                // SAFETY: the rows have as many blocks as the tokens.
-                *sum = unsafe { token.add::<KIND>(first + i, &weights, *sum) };
-            }
-        }
-        if !early && next_len > 0 {
-            blocks = panel(first + len, &mut padded);
-            for i in 0..next_len {
-                // SAFETY: as above.
-                unsafe { later.gather::<KIND>(blocks, i) };
-            }
-        } else {
-            blocks = next;
+    if let Some(blocks) = group.whole() {
+        // SAFETY: sixteen rows of `count` blocks, as many as the tokens have.
+        unsafe { add_blocks::<KIND, T>(group, blocks, 0..count, &tokens, &mut sums) };
+    } else {
+        let mut padded = Padded::new();
+        for first in (0..count).step_by(BLOCKS) {
+            let last = (first + BLOCKS).min(count);
+            let blocks = group.blocks(first * bytes, (last - first) * bytes, &mut padded);
+            // SAFETY: as above, of the blocks that were asked for.
+            unsafe { add_blocks::<KIND, T>(group, blocks, first..last, &tokens, &mut sums) };
         }
     }
     for (t, sum) in sums.into_iter().enumerate() {
         store(group, t, sum);
     }
+}
+
+/// Adds what some blocks of the rows give to the sums of the tokens. `blocks` begins at the first of them.
+///
+/// # Safety
+/// The blocks can be read at each row of `blocks`, and the tokens have them.
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
+unsafe fn add_blocks<const KIND: u8, const T: usize>(
+    group: &Group<'_, LANES>,
+    blocks: Blocks,
+    range: Range<usize>,
+    tokens: &[Token; T],
+    sums: &mut [__m512; T],
+) {
+    let (count, bytes) = (range.len(), format(KIND).block_bytes());
+    let mut heads = Heads([[0; 2 * LANES]; 2 * HEADS_AHEAD]);
+    let mut now = *sums;
+    for i in 0..HEADS_AHEAD.min(count) {
+        // SAFETY: the caller's promise.
+        unsafe { heads.gather::<KIND>(blocks, i) };
+    }
+    for i in 0..count {
+        group.prefetch((range.start + i) * bytes, bytes);
+        // SAFETY: the caller's promise.
+        unsafe {
+            if i + HEADS_AHEAD < count {
+                heads.gather::<KIND>(blocks, i + HEADS_AHEAD);
+            }
+            let weights = unpack_quads::<KIND>(blocks.offset(i * bytes), &heads, i);
+            for t in 0..T {
+                now[t] = tokens[t].add::<KIND>(range.start + i, &weights, now[t]);
+            }
+        }
+    }
+    *sums = now;
 }
 
 /// One block of sixteen rows, as [`quads`] lays them: the first sixteen levels in four registers, the others in four.

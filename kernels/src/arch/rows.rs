@@ -56,9 +56,16 @@ impl<'a, const LANES: usize> Group<'a, LANES> {
         }
     }
 
-    /// As [`Group::blocks`], but asks for nothing.
+    /// Where the rows begin; nothing if there are fewer than lanes.
     #[inline]
-    pub(super) fn bytes(&self, start: usize, len: usize, padded: &mut Padded) -> Blocks {
+    pub(super) fn whole(&self) -> Option<Blocks> {
+        let stride = self.piece.row_bytes;
+        let rows = self.piece.weights.get(self.first * stride..(self.first + LANES) * stride)?;
+        (self.rows == LANES).then_some(Blocks { at: rows.as_ptr(), stride })
+    }
+
+    #[inline]
+    fn bytes(&self, start: usize, len: usize, padded: &mut Padded) -> Blocks {
         let stride = self.piece.row_bytes;
         if self.rows == LANES {
             let rows = &self.piece.weights[self.first * stride..][..LANES * stride];
