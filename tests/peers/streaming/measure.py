@@ -58,7 +58,7 @@ def limited(command, patience=1800):
 
 def scoutd(prompt, generate, *more):
     command = [args.scoutd, "bench", "--model", args.model, "--prompt", str(prompt), "--generate", str(generate),
-               "--runs", "1", "--json", *more]
+               "--runs", "1", "--json", "--set", f"model.context_tokens={2 * (prompt + generate)}", *more]
     out, _ = limited(command)
     if out is None:
         sys.exit("scoutd was killed or failed")
@@ -110,11 +110,13 @@ for number in range(runs):
 default, how = rival(0, generate, patience=300)
 print("llama.cpp  as it is by default: " + (f"{default:.2f} tokens/s" if default else f"ended with {how}"), flush=True)
 
+if reports[-1]["experts"] is None:
+    sys.exit("FAILED: the model was not streamed: `scoutd plan` says whether it fits into the limit")
 decode, prefill = reports[-1]["experts"]["decode"], reports[-1]["experts"]["prefill"]
 print(json.dumps({"decode": decode, "prefill": prefill}, indent=1))
 one = decode["expert_read_bytes"] / max(decode["expert_uses"] - decode["expert_hits"], 1)
 expected = reports[-1]["experts"]["expert_bytes"]
-claim(decode["expert_slots"] > 0 and reports[-1]["experts"] is not None, "the model streams")
+claim(decode["expert_slots"] > 0, "the model streams")
 claim(abs(one / expected - 1) <= 0.15, f"bytes read for each miss: {one / 1e6:.2f} MB, an expert has {expected / 1e6:.2f} MB")
 swept = prefill["expert_read_bytes"] / (prefill["expert_uses"] - prefill["expert_hits"]) / expected
 claim(swept <= 1.05, f"a prompt of {prompt} tokens reads each missing expert once ({swept:.2f} times)")
